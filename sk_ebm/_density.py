@@ -1,0 +1,490 @@
+"""EBMFlowDensity: the one file that knows scikit-learn, and the border between numpy and torch."""
+
+import math
+import sys
+import warnings
+from collections.abc import Callable
+from numbers import Integral, Real
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.base import BaseEstimator, DensityMixin
+from sklearn.utils import check_random_state
+from sklearn.utils._param_validation import Interval, StrOptions
+from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
+from torch import nn
+
+from sk_ebm._energy import MLPEnergy, resolve_hidden_layer_sizes
+from sk_ebm._fitting import FitSettings, FittedModel, fit_model
+from sk_ebm._flow import make_flow
+from sk_ebm._folds import Folds
+from sk_ebm._sampler import draw_from_model
+from sk_ebm._training import Outcome, TrainSettings
+
+_SCORE_CHUNK = 8192
+_TRUSTED_EFFECTIVE_SAMPLE_SIZE = 0.01
+
+
+class LowEffectiveSampleSizeWarning(UserWarning):
+    """The proposals cover the fitted density too badly for log Z, and so for scores, to be trusted."""
+
+
+class TrainingWarning(UserWarning):
+    """Training ended because something failed, with the best parameters so far."""
+
+
+class EBMFlowDensity(DensityMixin, BaseEstimator):
+    r"""Energy-based density estimator, trained with the help of a normalizing flow.
+
+    The log density is :math:`\log p(x) = -E(z) + \log q_0(z) - \log Z + \log |\det dz/dx|`, where z is
+    the whitened x, q_0 a base density, E a neural network and Z the normalizer. E is trained by maximum
+    likelihood; its gradient needs draws from p, which come from Markov chains that move locally by Langevin
+    steps and globally to proposals of a flow that learns to imitate p all through training.
+
+    `score` is the total log-likelihood, as in KernelDensity (GaussianMixture returns the mean).
+
+    Parameters
+    ----------
+    base : {"auto", "gaussian", "student_t", "mixture", "flow"}, default="auto"
+        Base density q_0. "auto" trains energies on a Gaussian, on the best of the others, and pools them with the
+        shares that make held-out rows most likely.
+    feature_map : {"auto", "standard", "marginal"}, default="auto"
+        Map of the features before everything else: whitening, or normal scores of each feature and whitening.
+        "auto" takes the normal scores where held-out rows become clearly more likely.
+    energy : callable, default=None
+        Function ``n_features -> torch.nn.Module`` that builds a network from (n, n_features) to (n,).
+        None builds a multilayer perceptron. To pickle the estimator, use a named function or class.
+    hidden_layer_sizes : "auto" or tuple of int, default="auto"
+        Hidden layers of the default energy; "auto" takes three layers that widen slowly with the number of rows.
+    n_estimators : int, default=4
+        Number of energies per base; each holds out another fold of the rows, and their log densities are averaged.
+    flow : {"spline", "affine"}, default="spline"
+        Coupling flow; "affine" is faster and less accurate.
+    max_iter : int, default=100
+        Most iterations of training; each moves the chains and takes 16 gradient steps.
+    learning_rate : float, default=0.003
+        Peak learning rate of the energies.
+    alpha : float, default=0.03
+        Weight decay of the energies.
+    batch_size : int, default=256
+        Rows per gradient step.
+    early_stopping : bool, default=True
+        Whether to stop when the held-out log-likelihood no longer improves, and to restore the best parameters.
+        If False, training runs for `max_iter` iterations and keeps the last parameters.
+    validation_fraction : float, default=0.25
+        Share of the rows that each energy holds out.
+    n_iter_no_change : int, default=5
+        Validation checks, one every five iterations, without improvement before stopping.
+    tol : float, default=0.001
+        Smallest improvement of the held-out log-likelihood per row (nats) that counts.
+    sampler : {"isir", "imh"}, default="isir"
+        Kernel of the global moves: iterated sampling importance resampling or independence Metropolis-Hastings.
+    n_chains : int, default=256
+        Markov chains per energy.
+    n_local_steps : int, default=1
+        Metropolis-adjusted Langevin steps per chain and iteration.
+    device : str, default="auto"
+        Torch device of the training: "auto" (CUDA if there is any, else the CPU), "cpu", "cuda", "cuda:1", "mps".
+        The fitted model always lives on the CPU.
+    warm_start : bool, default=False
+        Whether to start from the energies and the flow of the previous fit, on the same bases and feature map.
+    random_state : int, RandomState instance or None, default=None
+        Source of all randomness; the global states of numpy and torch are never touched.
+    verbose : int, default=0
+        Whether to write a line per validation check to the standard output.
+
+    Attributes
+    ----------
+    log_normalizer_ : float
+        Estimate of log Z (nats).
+    log_normalizer_std_error_ : float
+        Its standard error (nats), an error that all scores share.
+    effective_sample_size_ : float
+        Effective sample size of the proposals that estimated log Z, as a fraction of their number.
+    acceptance_rate_ : dict
+        Mean acceptance rates late in training: "local" of the Langevin moves, "flow" of the global moves.
+    history_ : list of dict
+        One entry per validation check: "base", "iteration", "seconds", "train_log_likelihood" and
+        "validation_log_likelihood" (nats per row, mean of the single energies), "log_normalizer",
+        "effective_sample_size".
+    n_iter_ : int
+        Most iterations run on any base.
+    converged_ : bool
+        Whether training stopped because the held-out log-likelihood no longer improved, on every base kept.
+    base_ : dict
+        "name" of the base with the largest share, its "validation_log_likelihood" (nats per row), and "shares"
+        and "validation_log_likelihoods" of all bases tried.
+    outcome_ : str
+        How training ended, in one sentence.
+    energy_ : torch.nn.Module
+        Pooled energies on their bases.
+    flow_ : torch.nn.Module
+        Proposal: the flows and the bases.
+    feature_map_ : torch.nn.Module
+        Fitted feature map.
+    n_features_in_ : int
+        Number of features seen by `fit`.
+    feature_names_in_ : ndarray of shape (n_features_in_,)
+        Names of the features, when X has string column names.
+
+    See Also
+    --------
+    sklearn.neighbors.KernelDensity : Kernel density estimate.
+    sklearn.mixture.GaussianMixture : Gaussian mixture model.
+
+    Notes
+    -----
+    Rows that occur several times count as one row of their summed weight, so a weight of 2 is the same as the
+    row twice, and held-out rows are never copies of training rows. Only the ratios of weights matter.
+
+    References
+    ----------
+    L. Grenioux, E. Moulines, M. Gabrie, "Balanced Training of Energy-Based Models with Adaptive Flow Sampling",
+    2023, arXiv 2306.00684.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from sk_ebm import EBMFlowDensity
+    >>> X = np.random.default_rng(0).normal(size=(200, 2))
+    >>> density = EBMFlowDensity(base="gaussian", max_iter=5, random_state=0).fit(X)
+    >>> density.score_samples(X[:3]).shape
+    (3,)
+    """
+
+    _parameter_constraints: dict[str, list[Any]] = {
+        "base": [StrOptions({"auto", "gaussian", "student_t", "mixture", "flow"})],
+        "feature_map": [StrOptions({"auto", "standard", "marginal"})],
+        "energy": [callable, None],
+        "hidden_layer_sizes": [StrOptions({"auto"}), "array-like"],
+        "n_estimators": [Interval(Integral, 1, None, closed="left")],
+        "flow": [StrOptions({"spline", "affine"})],
+        "max_iter": [Interval(Integral, 1, None, closed="left")],
+        "learning_rate": [Interval(Real, 0, None, closed="neither")],
+        "alpha": [Interval(Real, 0, None, closed="left")],
+        "batch_size": [Interval(Integral, 1, None, closed="left")],
+        "early_stopping": ["boolean"],
+        "validation_fraction": [Interval(Real, 0, 0.5, closed="right")],
+        "n_iter_no_change": [Interval(Integral, 1, None, closed="left")],
+        "tol": [Interval(Real, 0, None, closed="left")],
+        "sampler": [StrOptions({"isir", "imh"})],
+        "n_chains": [Interval(Integral, 1, None, closed="left")],
+        "n_local_steps": [Interval(Integral, 0, None, closed="left")],
+        "device": [str],
+        "warm_start": ["boolean"],
+        "random_state": ["random_state"],
+        "verbose": ["verbose"],
+    }
+
+    def __init__(
+        self,
+        *,
+        base: str = "auto",
+        feature_map: str = "auto",
+        energy: Callable[[int], nn.Module] | None = None,
+        hidden_layer_sizes: str | tuple[int, ...] = "auto",
+        n_estimators: int = 4,
+        flow: str = "spline",
+        max_iter: int = 100,
+        learning_rate: float = 0.003,
+        alpha: float = 0.03,
+        batch_size: int = 256,
+        early_stopping: bool = True,
+        validation_fraction: float = 0.25,
+        n_iter_no_change: int = 5,
+        tol: float = 0.001,
+        sampler: str = "isir",
+        n_chains: int = 256,
+        n_local_steps: int = 1,
+        device: str = "auto",
+        warm_start: bool = False,
+        random_state: int | np.random.RandomState | None = None,
+        verbose: int = 0,
+    ) -> None:
+        self.base = base
+        self.feature_map = feature_map
+        self.energy = energy
+        self.hidden_layer_sizes = hidden_layer_sizes
+        self.n_estimators = n_estimators
+        self.flow = flow
+        self.max_iter = max_iter
+        self.learning_rate = learning_rate
+        self.alpha = alpha
+        self.batch_size = batch_size
+        self.early_stopping = early_stopping
+        self.validation_fraction = validation_fraction
+        self.n_iter_no_change = n_iter_no_change
+        self.tol = tol
+        self.sampler = sampler
+        self.n_chains = n_chains
+        self.n_local_steps = n_local_steps
+        self.device = device
+        self.warm_start = warm_start
+        self.random_state = random_state
+        self.verbose = verbose
+
+    def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> "EBMFlowDensity":
+        """Fit the density to the rows of X.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, n_features)
+            Training rows, at least two different ones; no feature may be constant.
+        y : None
+            Ignored.
+        sample_weight : array-like of shape (n_samples,), default=None
+            Non-negative weights: a row of weight 2 counts as the row twice, one of weight 0 as not there.
+
+        Returns
+        -------
+        EBMFlowDensity
+            The fitted estimator itself.
+
+        Raises
+        ------
+        ValueError
+            If X has missing or infinite values, a constant feature or fewer than two different rows, or if
+            weights are negative or all zero.
+        """
+        before = dict(vars(self))
+        try:
+            self._fit(X, sample_weight)
+        except BaseException:
+            # A failed fit leaves the previous one whole.
+            vars(self).clear()
+            vars(self).update(before)
+            raise
+        return self
+
+    def score_samples(self, X: Any) -> np.ndarray:
+        """Compute the normalised log density of each row.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, n_features)
+            Rows to score.
+
+        Returns
+        -------
+        ndarray of shape (n_samples,)
+            Log densities (nats) in the units of X; all share the error `log_normalizer_std_error_`.
+        """
+        check_is_fitted(self)
+        X = validate_data(self, X, dtype=np.float64, reset=False)
+        log_density = np.empty(len(X))
+        with torch.no_grad():
+            for start in range(0, len(X), _SCORE_CHUNK):
+                rows = slice(start, start + _SCORE_CHUNK)
+                z, log_det = self.feature_map_(_to_tensor(X[rows]))
+                log_density[rows] = (self.energy_.pooled_log_density(z) - self.log_normalizer_ + log_det).numpy()
+        return log_density
+
+    def score(self, X: Any, y: Any = None) -> float:
+        """Compute the total log-likelihood (nats) of the rows of X, as KernelDensity does.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, n_features)
+            Rows to score.
+        y : None
+            Ignored.
+
+        Returns
+        -------
+        float
+            Sum of the log densities.
+        """
+        return float(self.score_samples(X).sum())
+
+    def sample(self, n_samples: int = 1, random_state: Any = None) -> np.ndarray:
+        """Draw rows from the fitted density.
+
+        Proposals of the flow and the bases are resampled by weight and finished by Langevin moves: the draws are
+        Markov chain draws, whose law nears the fitted density as `effective_sample_size_` nears 1.
+
+        Parameters
+        ----------
+        n_samples : int, default=1
+            Number of rows, at least 1.
+        random_state : int, RandomState instance or None, default=None
+            Source of randomness.
+
+        Returns
+        -------
+        ndarray of shape (n_samples, n_features)
+            Rows in the units of the training data.
+        """
+        check_is_fitted(self)
+        if not isinstance(n_samples, Integral) or isinstance(n_samples, bool):
+            raise TypeError(f"n_samples must be an integer, got {n_samples!r}.")
+        if n_samples < 1:
+            raise ValueError(f"n_samples must be at least 1, got {n_samples}.")
+        generator = _generator(random_state)
+        z = draw_from_model(self.energy_, self.flow_, int(n_samples), generator)
+        return torch.cat([self.feature_map_.inverse(part) for part in z.split(_SCORE_CHUNK)]).numpy()
+
+    def _fit(self, X: Any, sample_weight: Any) -> None:
+        self._validate_params()
+        previous = getattr(self, "_fitted", None) if self.warm_start else None
+        X = validate_data(self, X, dtype=np.float64, ensure_min_samples=2, reset=previous is None)
+        if sample_weight is not None:
+            sample_weight = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
+        generator = _generator(self.random_state)
+        data = _folds(X, sample_weight, self.validation_fraction, self.n_estimators, generator)
+        history: list[dict[str, Any]] = []
+
+        def report(base: str, check: dict[str, float]) -> None:
+            history.append({"base": base, **check})
+            if self.verbose:
+                sys.stdout.write(_progress_line(history[-1]))
+
+        fitted = fit_model(data, self._settings(*data.rows.shape), generator, report, previous)
+        self._store(fitted, history)
+        self._warn(fitted)
+
+    def _settings(self, n_samples: int, n_features: int) -> FitSettings:
+        hidden = self.hidden_layer_sizes
+        sizes = resolve_hidden_layer_sizes(n_samples) if isinstance(hidden, str) else _check_sizes(hidden)
+        return FitSettings(
+            base=self.base,
+            feature_map=self.feature_map,
+            make_energy=self.energy or (lambda d: MLPEnergy(d, sizes)),
+            make_flow=lambda d: make_flow(self.flow, d),
+            device=_resolve_device(self.device),
+            train=TrainSettings(
+                max_iter=self.max_iter,
+                learning_rate=self.learning_rate,
+                weight_decay=self.alpha,
+                batch_size=self.batch_size,
+                n_chains=self.n_chains,
+                global_kernel=self.sampler,
+                n_local_steps=self.n_local_steps,
+                early_stopping=self.early_stopping,
+                n_iter_no_change=self.n_iter_no_change,
+                tol=self.tol,
+            ),
+        )
+
+    def _store(self, fitted: FittedModel, history: list[dict[str, Any]]) -> None:
+        self._fitted = fitted
+        results = [candidate.result for candidate in fitted.candidates]
+        name = max(fitted.shares, key=lambda candidate: fitted.shares[candidate])
+        self.feature_map_ = fitted.feature_map
+        self.energy_ = fitted.model
+        self.flow_ = fitted.proposal
+        self.log_normalizer_ = fitted.log_normalizer.value
+        self.log_normalizer_std_error_ = fitted.log_normalizer.std_error
+        self.effective_sample_size_ = fitted.log_normalizer.effective_sample_size
+        self.history_ = history
+        self.n_iter_ = max(result.n_iter for result in results)
+        self.converged_ = all(result.outcome is Outcome.CONVERGED for result in results)
+        self.outcome_ = "; ".join(dict.fromkeys(result.outcome.value for result in results))
+        self.base_ = {
+            "name": name,
+            "validation_log_likelihood": fitted.scores[name],
+            "shares": fitted.shares,
+            "validation_log_likelihoods": fitted.scores,
+        }
+        rates = [candidate.result.acceptance_rate for candidate in fitted.candidates if candidate.name == name]
+        self.acceptance_rate_ = rates[0]
+
+    def _warn(self, fitted: FittedModel) -> None:
+        fraction = self.effective_sample_size_
+        if not fraction >= _TRUSTED_EFFECTIVE_SAMPLE_SIZE:
+            warnings.warn(
+                f"The effective sample size of the proposals is {fraction:.2%} of their number, under "
+                f"{_TRUSTED_EFFECTIVE_SAMPLE_SIZE:.0%}: log Z, and with it every score, is uncertain by more than its "
+                f"standard error of {self.log_normalizer_std_error_:.2g} nats says. Try fewer features (for instance "
+                f"by PCA), base='mixture' or base='flow', a larger alpha, or more rows.",
+                LowEffectiveSampleSizeWarning,
+                stacklevel=4,
+            )
+        for candidate in fitted.candidates:
+            if candidate.result.outcome in (Outcome.SAMPLER_TOO_WEAK, Outcome.NON_FINITE):
+                warnings.warn(
+                    f"Training on the {candidate.name} base ended early after {candidate.result.n_iter} iterations: "
+                    f"{candidate.result.outcome.value}. The best parameters before that are used. Try a smaller "
+                    f"learning_rate (now {self.learning_rate:g}) or another base (now {self.base!r}).",
+                    TrainingWarning,
+                    stacklevel=4,
+                )
+
+
+def _to_tensor(X: np.ndarray) -> torch.Tensor:
+    """Tensor of an array that may be read-only, which torch would warn about sharing."""
+    return torch.from_numpy(X if X.flags.writeable else X.copy())
+
+
+def _generator(random_state: Any) -> torch.Generator:
+    """CPU generator whose seed comes from scikit-learn's `random_state`."""
+    return torch.Generator().manual_seed(int(check_random_state(random_state).randint(2**31 - 1)))
+
+
+def _folds(
+    X: np.ndarray,
+    sample_weight: np.ndarray | None,
+    validation_fraction: float,
+    n_estimators: int,
+    generator: torch.Generator,
+) -> Folds:
+    """Merge equal rows, shuffle, and deal rows to folds; weights have mean 1 over the different rows."""
+    weight = np.ones(len(X)) if sample_weight is None else sample_weight
+    if not weight.sum() > 0:
+        raise ValueError("sample_weight is zero for every row; at least two different rows need a positive weight.")
+    X, weight = _merge_equal_rows(X[weight > 0], weight[weight > 0])
+    if len(X) < 2:
+        raise ValueError(
+            "All rows of positive weight are equal (1 sample in effect); a density needs at least two different rows."
+        )
+    spread = X.max(0) - X.min(0)
+    constant = np.flatnonzero(spread == 0)
+    if len(constant):
+        raise ValueError(
+            f"Feature {', '.join(map(str, constant))} is constant (value {X[0, constant[0]]:g}): it has no finite "
+            "density. Drop constant features, for instance with sklearn.feature_selection.VarianceThreshold."
+        )
+    if not np.isfinite(spread).all() or (spread**2).min() == 0 or not np.isfinite(X.std(0)).all():
+        raise ValueError(
+            f"Features span from {spread.min():g} to {spread.max():g}, too small or too large for the variance to be "
+            "a floating-point number. Rescale them."
+        )
+    order = torch.randperm(len(X), generator=generator)
+    rows = torch.from_numpy(X)[order]
+    weights = torch.from_numpy(weight * (len(X) / weight.sum()))[order]
+    n_folds = min(len(X), max(n_estimators, round(1 / validation_fraction), 2))
+    return Folds(rows, weights, torch.arange(len(X)) % n_folds, min(n_estimators, n_folds))
+
+
+def _merge_equal_rows(X: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the different rows in sorted order with their summed weights."""
+    X, inverse = np.unique(X, axis=0, return_inverse=True)
+    return X, np.bincount(inverse.ravel(), weights=weight)
+
+
+def _check_sizes(sizes: Any) -> tuple[int, ...]:
+    """Check hidden layer sizes."""
+    sizes = tuple(sizes)
+    if not sizes or any(not isinstance(size, Integral) or size < 1 for size in sizes):
+        raise ValueError(f"hidden_layer_sizes must be 'auto' or positive integers such as (64, 64), got {sizes!r}.")
+    return tuple(int(size) for size in sizes)
+
+
+def _resolve_device(device: str) -> torch.device:
+    """Turn the `device` parameter into a torch device that exists here."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+        torch.empty(1, device=resolved)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={device!r} cannot be used here ({error}). Use 'auto' or 'cpu'.") from error
+    return resolved
+
+
+def _progress_line(check: dict[str, Any]) -> str:
+    return (
+        f"[EBMFlowDensity] base {check['base']}, iteration {check['iteration']}, "
+        f"validation log-likelihood {check['validation_log_likelihood']:.3f} nats, "
+        f"ESS {check['effective_sample_size']:.2f}, {check['seconds']:.1f} s\n"
+    )

@@ -1,0 +1,293 @@
+"""Fit the whole model: feature map, bases, flow, energies on every candidate base, and their pool."""
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from threading import Lock
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from sk_ebm._folds import Folds
+from sk_ebm._log_normalizer import LogNormalizer, estimate_log_normalizer
+from sk_ebm._model import TiltedEnsemble, pool_ensembles
+from sk_ebm._pooling import pooling_shares
+from sk_ebm._sampler import MixtureProposal, defensive_proposal, draw_pool, pool_log_weight
+from sk_ebm._selection import (
+    Bases,
+    cheap_bases,
+    choose_feature_map,
+    cross_fit_base,
+    mean_log_det,
+)
+from sk_ebm._support import FeatureMap, fit_feature_map
+from sk_ebm._training import TrainResult, TrainSettings, fit_flow, train
+
+# A base flow is worth its training time only if one flow comes this near (nats) to the best candidate so far.
+_FLOW_WITHIN = 0.1
+# A flow that gains less than this (nats) over a Gaussian has learnt nothing a mixture would not have.
+_MIN_FLOW_GAIN = 0.1
+_FLOW_STEPS = 300
+_MIN_SHARE = 0.1
+_POOLING_DRAWS = 20_000
+_CHUNK = 8192
+_MIN_DRAWS = 4 * _CHUNK
+_MAX_DRAWS = 32 * _CHUNK
+_LOG_NORMALIZER_STD_ERROR = 0.002
+_RNG_LOCK = Lock()
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """What `fit_model` needs beyond the numbers of the training loop."""
+
+    base: str
+    feature_map: str
+    make_energy: Callable[[int], nn.Module]
+    make_flow: Callable[[int], nn.Module]
+    device: torch.device
+    train: TrainSettings
+
+
+class Candidate(NamedTuple):
+    """Energies trained on one kind of base, with the flow that proposed for them."""
+
+    name: str
+    model: TiltedEnsemble
+    flow: nn.Module
+    result: TrainResult
+
+
+class FittedModel(NamedTuple):
+    """All that is kept of a fit; modules are float64 on the CPU."""
+
+    feature_map: FeatureMap
+    candidates: list[Candidate]
+    shares: dict[str, float]
+    scores: dict[str, float]
+    model: TiltedEnsemble
+    proposal: MixtureProposal
+    log_normalizer: LogNormalizer
+
+
+def fit_model(
+    data: Folds,
+    settings: FitSettings,
+    generator: torch.Generator,
+    report: Callable[[str, dict[str, float]], None],
+    previous: FittedModel | None = None,
+) -> FittedModel:
+    """Fit everything to rows in the user's units (float64) and return it ready for scoring and sampling.
+
+    With a previous fit, its feature map, bases, energies and flows are where training goes on from.
+    """
+    if previous is None:
+        feature_map, bases = _feature_map_and_bases(data, settings, generator)
+    else:
+        feature_map, bases = previous.feature_map, {}
+    log_det = mean_log_det(data, feature_map)
+    trainer = _Trainer(_to_z(data, feature_map), settings, generator, report, log_det)
+    if previous is None:
+        candidates = trainer.train_candidates(bases)
+    else:
+        candidates = [trainer.train(old.name, old.model, old.flow) for old in previous.candidates]
+    shares = trainer.shares(candidates)
+    scores = {candidate.name: candidate.result.held_out_log_likelihood + log_det for candidate in candidates}
+    kept = _to_float64([candidate for candidate, share in zip(candidates, shares, strict=True) if share > 0])
+    model = pool_ensembles([candidate.model for candidate in kept], [share for share in shares if share > 0])
+    proposal = _joint_proposal(kept, settings.train.defensive_fraction)
+    return FittedModel(
+        feature_map,
+        kept,
+        {candidate.name: share for candidate, share in zip(candidates, shares, strict=True)},
+        scores,
+        model,
+        proposal,
+        estimate_log_normalizer_of(model, proposal, generator),
+    )
+
+
+@torch.no_grad()
+def estimate_log_normalizer_of(
+    model: TiltedEnsemble, proposal: MixtureProposal, generator: torch.Generator
+) -> LogNormalizer:
+    """Estimate the pooled log Z by importance sampling, with as many draws as its standard error asks for."""
+    log_weights: list[torch.Tensor] = []
+    for n_draws in range(_CHUNK, _MAX_DRAWS + 1, _CHUNK):
+        pool = draw_pool(proposal, _CHUNK, generator)
+        log_weights.append(model.pooled_log_density(pool.position) - pool.log_proposal)
+        estimate = estimate_log_normalizer(torch.cat(log_weights))
+        if n_draws >= _MIN_DRAWS and estimate.std_error < _LOG_NORMALIZER_STD_ERROR:
+            break
+    return estimate
+
+
+@contextmanager
+def seeded_modules(generator: torch.Generator) -> Iterator[None]:
+    """Make the initial values of new modules depend on `generator` alone, and leave torch's global state as it was."""
+    seed = int(torch.randint(2**62, (1,), generator=generator))
+    with _RNG_LOCK:
+        before = torch.get_rng_state()
+        torch.default_generator.manual_seed(seed)
+        try:
+            yield
+        finally:
+            torch.set_rng_state(before)
+
+
+class _Trainer:
+    """Trains candidates one after another on the same rows in z-space."""
+
+    def __init__(
+        self,
+        data: Folds,
+        settings: FitSettings,
+        generator: torch.Generator,
+        report: Callable[[str, dict[str, float]], None],
+        log_det: float,
+    ) -> None:
+        self.settings, self.generator, self.report, self.log_det = settings, generator, report, log_det
+        self.data = Folds(
+            data.rows.to(settings.device, torch.float32),
+            data.weight.to(settings.device, torch.float32),
+            data.fold.to(settings.device),
+            data.n_members,
+        )
+        self.device_generator = torch.Generator(settings.device)
+        self.device_generator.manual_seed(int(torch.randint(2**62, (1,), generator=generator)))
+
+    def train_candidates(self, bases: dict[str, Bases]) -> list[Candidate]:
+        """Train energies on each base, and on a base of flows when `base` asks for one or it promises to win."""
+        flow = self._make_flow()
+        flow_score = self._fit_flow(flow, 0)
+        candidates = [self._start(name, bases[name].members, flow) for name in bases]
+        if self.settings.base == "flow" or (self.settings.base == "auto" and self._is_promising(flow_score, bases, candidates)):
+            candidates.append(self._start("flow", self._flow_bases(flow), flow))
+        return candidates
+
+    def _is_promising(self, flow_score: float, bases: dict[str, Bases], candidates: list[Candidate]) -> bool:
+        """Return whether one flow comes near the best candidate, both measured from the Gaussian on the same rows."""
+        on_fold_0 = self.data._replace(n_members=1)
+        gaussian = bases["gaussian"].members[0]
+        flow_gain = flow_score - on_fold_0.held_out_mean(gaussian.log_prob(self.data.rows.double()).unsqueeze(0))
+        best_gain = max(c.result.held_out_log_likelihood for c in candidates) - bases["gaussian"].score
+        return flow_gain > max(best_gain - _FLOW_WITHIN, _MIN_FLOW_GAIN)
+
+    def train(self, name: str, model: TiltedEnsemble, flow: nn.Module) -> Candidate:
+        """Train copies of the model's energies and of the flow."""
+        model, flow = (
+            copy.deepcopy(m).to(self.settings.device, torch.float32).requires_grad_(True) for m in (model, flow)
+        )
+        model.bases.requires_grad_(False)
+        result = train(
+            model,
+            flow,
+            self.data,
+            self.settings.train,
+            self.device_generator,
+            lambda check: self.report(name, self._in_user_units(check)),
+        )
+        return Candidate(name, result.model, result.flow, result)
+
+    def shares(self, candidates: list[Candidate]) -> list[float]:
+        """Return each candidate's share of the pool; small ones are set to zero."""
+        if len(candidates) == 1:
+            return [1.0]
+        with torch.no_grad():
+            held_out, pools = [], []
+            proposal = _joint_proposal(candidates, self.settings.train.defensive_fraction)
+            pool = draw_pool(proposal, _POOLING_DRAWS, self.device_generator)
+            for candidate in candidates:
+                model = candidate.model
+                log_density = torch.cat([model.log_density(z) for z in pool.position.split(_CHUNK)], dim=-1)
+                log_weight = log_density - pool.log_proposal
+                log_z = torch.tensor([estimate_log_normalizer(w).value for w in log_weight]).to(log_density)
+                pools.append(log_density - log_z.unsqueeze(-1))
+                at_data = torch.cat([model.log_density(z) for z in self.data.rows.split(_CHUNK)], dim=-1)
+                held_out.append(at_data - log_z.unsqueeze(-1))
+            shares = pooling_shares(
+                torch.stack(held_out).cpu(),
+                self.data.held_out_weight().cpu(),
+                torch.stack(pools).cpu(),
+                pool.log_proposal.cpu(),
+            )
+        shares = torch.where(shares < _MIN_SHARE, 0.0, shares)
+        return [float(share) for share in shares / shares.sum()]
+
+    def _start(self, name: str, bases: list[nn.Module], flow: nn.Module) -> Candidate:
+        with seeded_modules(self.generator):
+            energies = [self.settings.make_energy(self.data.rows.shape[1]) for _ in bases]
+        return self.train(name, TiltedEnsemble(bases, energies), flow)
+
+    def _make_flow(self) -> nn.Module:
+        with seeded_modules(self.generator):
+            return self.settings.make_flow(self.data.rows.shape[1]).to(self.settings.device)
+
+    def _in_user_units(self, check: dict[str, float]) -> dict[str, float]:
+        return {k: v + self.log_det if k.endswith("log_likelihood") else v for k, v in check.items()}
+
+    def _flow_bases(self, flow: nn.Module) -> list[nn.Module]:
+        """Fit one flow per member; the flow that proposes is already one that has not seen fold 0."""
+        flows = [flow]
+        for k in range(1, self.data.n_members):
+            flows.append(self._make_flow())
+            self._fit_flow(flows[k], k)
+        return flows
+
+    def _fit_flow(self, flow: nn.Module, held_out_fold: int) -> float:
+        is_held_out = self.data.fold == held_out_fold
+        return fit_flow(
+            flow,
+            self.data.rows,
+            self.data.weight * ~is_held_out,
+            self.data.weight * is_held_out,
+            max_steps=_FLOW_STEPS,
+            batch_size=self.settings.train.batch_size,
+            generator=self.device_generator,
+        )
+
+
+def _feature_map_and_bases(
+    data: Folds, settings: FitSettings, generator: torch.Generator
+) -> tuple[FeatureMap, dict[str, Bases]]:
+    """Resolve the feature map and the bases that cost no gradient training."""
+    if settings.feature_map == "auto":
+        feature_map, bases = choose_feature_map(data, generator)
+    else:
+        feature_map = fit_feature_map(data.rows, data.weight, use_margins=settings.feature_map == "marginal")
+        bases = cheap_bases(data, feature_map, generator) if settings.base == "auto" else {}
+    if settings.base == "auto":
+        best = max(bases, key=lambda name: bases[name].score)
+        return feature_map, {name: bases[name] for name in dict.fromkeys(("gaussian", best))}
+    if settings.base == "flow":
+        return feature_map, {}
+    return feature_map, {
+        settings.base: bases.get(settings.base)
+        or cross_fit_base(settings.base, _to_z(data, feature_map), feature_map, generator)
+    }
+
+
+def _to_z(data: Folds, feature_map: FeatureMap) -> Folds:
+    return data.with_rows(torch.cat([feature_map(x)[0] for x in data.rows.split(_CHUNK)]))
+
+
+def _joint_proposal(candidates: list[Candidate], defensive_fraction: float) -> MixtureProposal:
+    """Propose from every candidate's flow and bases."""
+    parts = [defensive_proposal(c.flow, list(c.model.bases), defensive_fraction) for c in candidates]
+    return MixtureProposal(
+        [component for part in parts for component in part.components],
+        [share / len(parts) for part in parts for share in part.proportions],
+    )
+
+
+def _to_float64(candidates: list[Candidate]) -> list[Candidate]:
+    """Return candidates whose modules are float64 on the CPU and no longer train."""
+    kept = []
+    for candidate in candidates:
+        both = copy.deepcopy(nn.ModuleList([candidate.model, candidate.flow]))
+        model, flow = both.to("cpu", torch.float64).eval().requires_grad_(False)
+        kept.append(candidate._replace(model=model, flow=flow, result=candidate.result._replace(model=model, flow=flow)))
+    return kept

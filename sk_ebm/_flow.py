@@ -1,0 +1,129 @@
+"""Normalizing flows: the one place that knows normflows, and mends its dtype, generator and 1-feature limits."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from normflows.flows import AffineCouplingBlock, CoupledRationalQuadraticSpline, LULinearPermute
+from normflows.flows.neural_spline.coupling import PiecewiseRationalQuadraticCDF
+from normflows.nets import MLP
+from normflows.utils.splines import DEFAULT_MIN_DERIVATIVE
+from torch import nn
+
+_N_BINS = 8
+# Splines act on [-bound, bound] and are the identity outside; data is standardised before it comes here.
+_TAIL_BOUND = 5.0
+_IDENTITY_DERIVATIVE = math.log(math.exp(1 - DEFAULT_MIN_DERIVATIVE) - 1)
+
+
+class CouplingFlow(nn.Module):
+    """Coupling flow on a standard normal, starting at the identity.
+
+    Parameters
+    ----------
+    n_features : int
+        Number of features d.
+    layers : sequence of modules
+        Layers of normflows; `inverse` maps data towards noise and `forward` maps noise towards data.
+    """
+
+    def __init__(self, n_features: int, layers: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.n_features = n_features
+        self.layers = nn.ModuleList(layers)
+
+    def log_prob(self, z: torch.Tensor) -> torch.Tensor:
+        """Return the normalised log density (nats) of each row, shape (n,)."""
+        log_det = z.new_zeros(len(z))
+        for layer in reversed(self.layers):
+            z, log_det_layer = layer.inverse(z)
+            log_det = log_det + log_det_layer
+        return _standard_normal_log_prob(z) + log_det
+
+    def sample_and_log_prob(self, n_samples: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draw `n_samples` rows and return them with their log density (nats)."""
+        like = next(self.parameters())
+        z = torch.randn(n_samples, self.n_features, generator=generator, device=like.device, dtype=like.dtype)
+        log_prob = _standard_normal_log_prob(z)
+        for layer in self.layers:
+            z, log_det_layer = layer(z)
+            log_prob = log_prob - log_det_layer
+        return z, log_prob
+
+    def sample(self, n_samples: int, generator: torch.Generator) -> torch.Tensor:
+        """Draw `n_samples` rows."""
+        return self.sample_and_log_prob(n_samples, generator)[0]
+
+
+def make_flow(kind: str, n_features: int, *, n_layers: int = 2, hidden_units: int = 64) -> CouplingFlow:
+    """Build a flow of rational-quadratic spline ("spline") or affine ("affine") coupling layers.
+
+    One feature cannot be split for a coupling, so there the flow is one elementwise spline.
+
+    Parameters
+    ----------
+    kind : {"spline", "affine"}
+        Kind of coupling.
+    n_features : int
+        Number of features d.
+    n_layers : int, default=2
+        Number of coupling layers; affine flows get twice as many.
+    hidden_units : int, default=64
+        Width of the network inside each layer.
+
+    References
+    ----------
+    C. Durkan, A. Bekasov, I. Murray, G. Papamakarios, "Neural Spline Flows", 2019, arXiv 1906.04032;
+    L. Dinh, J. Sohl-Dickstein, S. Bengio, "Density estimation using Real NVP", 2017, arXiv 1605.08803.
+    """
+    if n_features == 1:
+        spline = PiecewiseRationalQuadraticCDF([1], num_bins=2 * _N_BINS, tails="linear", tail_bound=_TAIL_BOUND)
+        return CouplingFlow(1, [spline])
+    make_layer = _spline_layer if kind == "spline" else _affine_layer
+    n_layers = n_layers if kind == "spline" else 2 * n_layers
+    layers: list[nn.Module] = []
+    for k in range(n_layers):
+        layers.append(make_layer(n_features, hidden_units, reverse_mask=bool(k % 2)))
+        if n_features > 2 and k < n_layers - 1:
+            layers.append(LULinearPermute(n_features))
+    return CouplingFlow(n_features, layers)
+
+
+def _affine_layer(n_features: int, hidden_units: int, *, reverse_mask: bool) -> nn.Module:
+    n_kept = n_features // 2 if reverse_mask else (n_features + 1) // 2
+    network = MLP([n_kept, hidden_units, hidden_units, 2 * (n_features - n_kept)], init_zeros=True)
+    return AffineCouplingBlock(_BoundedScale(network), split_mode="channel_inv" if reverse_mask else "channel")
+
+
+class _BoundedScale(nn.Module):
+    """Keep the log scales, every second output, within [-2, 2], so that no layer can overflow."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        shift, log_scale = self.network(z).reshape(len(z), -1, 2).unbind(-1)
+        return torch.stack([shift, 2 * torch.tanh(log_scale / 2)], dim=-1).flatten(1)
+
+
+def _spline_layer(n_features: int, hidden_units: int, *, reverse_mask: bool) -> nn.Module:
+    layer = CoupledRationalQuadraticSpline(
+        n_features,
+        num_blocks=1,
+        num_hidden_channels=hidden_units,
+        num_bins=_N_BINS,
+        tail_bound=_TAIL_BOUND,
+        activation=nn.SiLU,
+        reverse_mask=reverse_mask,
+    )
+    last = layer.prqct.transform_net.final_layer
+    bias = last.bias.new_zeros(layer.prqct.num_transform_features, 3 * _N_BINS - 1)
+    bias[:, 2 * _N_BINS :] = _IDENTITY_DERIVATIVE
+    nn.init.zeros_(last.weight)
+    last.bias.data.copy_(bias.flatten())
+    return layer
+
+
+def _standard_normal_log_prob(z: torch.Tensor) -> torch.Tensor:
+    return -0.5 * (z.square().sum(-1) + z.shape[-1] * math.log(2 * math.pi))

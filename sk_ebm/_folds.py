@@ -1,0 +1,35 @@
+"""Rows, weights and folds: who trains on which row, and who is judged by it."""
+
+from typing import NamedTuple
+
+import torch
+
+
+class Folds(NamedTuple):
+    """Rows (n, d) with weights (n,) and fold numbers (n,); member k of K never sees the rows of fold k."""
+
+    rows: torch.Tensor
+    weight: torch.Tensor
+    fold: torch.Tensor
+    n_members: int
+
+    def train_weight(self) -> torch.Tensor:
+        """Return the training weight of each row for each member, shape (K, n)."""
+        return torch.stack([self.weight * (self.fold != k) for k in range(self.n_members)])
+
+    def held_out_weight(self) -> torch.Tensor:
+        """Return the validation weight of each row for each member, shape (K, n)."""
+        return torch.stack([self.weight * (self.fold == k) for k in range(self.n_members)])
+
+    def held_out_mean(self, log_prob: torch.Tensor) -> float:
+        """Return the weighted mean of log_prob (K, n) over the rows that each member has not seen."""
+        weight = self.held_out_weight()
+        return float((weight * log_prob).sum() / weight.sum())
+
+    def with_rows(self, rows: torch.Tensor) -> "Folds":
+        """Return the same folds of other rows."""
+        return self._replace(rows=rows)
+
+    def subset(self, n_rows: int) -> "Folds":
+        """Return the first rows; folds are random, so these are a random sample."""
+        return Folds(self.rows[:n_rows], self.weight[:n_rows], self.fold[:n_rows], self.n_members)

@@ -1,0 +1,209 @@
+"""Draws from the model: the defensive proposal, the pool of its draws, and chains with local and global moves."""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from sk_ebm._kernels import GlobalState, Info, LogDensityAndGrad, imh_step, init_local, isir_step, mala_step
+from sk_ebm._log_normalizer import effective_sample_size
+from sk_ebm._model import TiltedEnsemble
+
+TARGET_ACCEPTANCE = 0.6
+_SAMPLE_CHUNK = 8192
+_POOL_PER_DRAW = 4
+_MIN_POOL = 2048
+_SEPARATION_STEPS = (0.1, 0.03, 0.01, 0.003)
+
+
+class MixtureProposal(nn.Module):
+    """Mixture of normalised densities to draw independent proposals from.
+
+    Parameters
+    ----------
+    components : sequence of modules
+        Densities with ``log_prob`` and ``sample``.
+    proportions : sequence of float
+        Their shares, which sum to one.
+    """
+
+    def __init__(self, components: Sequence[nn.Module], proportions: Sequence[float]) -> None:
+        super().__init__()
+        self.components = nn.ModuleList(components)
+        self.proportions = list(proportions)
+
+    def sample(self, n_samples: int, generator: torch.Generator) -> torch.Tensor:
+        """Draw `n_samples` rows, each component's share as even as rounding allows, in random order."""
+        edges = [round(n_samples * share) for share in itertools.accumulate(self.proportions)]
+        edges[-1] = n_samples
+        counts = [stop - start for start, stop in itertools.pairwise([0, *edges])]
+        z = torch.cat(
+            [c.sample(n, generator) for c, n in zip(self.components, counts, strict=True) if n],
+        )
+        return z[torch.randperm(n_samples, generator=generator, device=z.device)]
+
+    def log_prob(self, z: torch.Tensor) -> torch.Tensor:
+        """Return the log density (nats) of each row, shape (n,)."""
+        joint = [math.log(share) + c.log_prob(z) for c, share in zip(self.components, self.proportions, strict=True)]
+        return torch.stack(joint).logsumexp(0)
+
+
+def defensive_proposal(flow: nn.Module, bases: Sequence[nn.Module], defensive_fraction: float) -> MixtureProposal:
+    """Mix (1 - a) of a flow that proposes well with a of the bases, which keep the weights bounded."""
+    shares = [defensive_fraction / len(bases)] * len(bases)
+    return MixtureProposal([flow, *bases], [1 - defensive_fraction, *shares])
+
+
+class Pool(NamedTuple):
+    """Independent proposals (n, d) with their log proposal density (n,); these do not change when the energy does."""
+
+    position: torch.Tensor
+    log_proposal: torch.Tensor
+
+
+class SamplerReport(NamedTuple):
+    """Mean acceptance rate of the local and of the global moves of one round."""
+
+    local_acceptance: torch.Tensor
+    global_acceptance: torch.Tensor
+
+
+@torch.no_grad()
+def draw_pool(proposal: MixtureProposal, n_samples: int, generator: torch.Generator) -> Pool:
+    """Draw a pool of `n_samples` proposals, leaving out any that overflowed."""
+    position = proposal.sample(n_samples, generator)
+    log_proposal = proposal.log_prob(position)
+    is_finite = log_proposal.isfinite() & position.isfinite().all(-1)
+    return Pool(position[is_finite], log_proposal[is_finite])
+
+
+@torch.no_grad()
+def pool_log_weight(model: TiltedEnsemble, pool: Pool) -> torch.Tensor:
+    """Return every member's log importance weights of the pool, shape (K, n); a NaN counts as weight zero."""
+    log_weight = model.log_density(pool.position) - pool.log_proposal
+    return log_weight.nan_to_num(nan=-math.inf, posinf=-math.inf)
+
+
+class Chains:
+    """Persistent chains of every member, moved locally by MALA and globally by proposals from the pool.
+
+    Parameters
+    ----------
+    position : tensor of shape (K, n_chains, d)
+        Starting positions.
+    global_kernel : {"isir", "imh"}
+        Kernel of the global moves.
+    n_local_steps : int
+        MALA steps per round.
+    """
+
+    def __init__(self, position: torch.Tensor, *, global_kernel: str, n_local_steps: int) -> None:
+        self.position = position
+        self.global_kernel = global_kernel
+        self.n_local_steps = n_local_steps
+        n_members, _, d = position.shape
+        self.step_size = torch.full((n_members, 1), 0.1 / d ** (1 / 3), dtype=position.dtype, device=position.device)
+
+    @torch.no_grad()
+    def move(
+        self, model: TiltedEnsemble, proposal: MixtureProposal, pool: Pool, generator: torch.Generator
+    ) -> SamplerReport:
+        """Run one round of global and local moves of all chains."""
+        global_info = self._move_globally(model, proposal, pool, generator)
+        local_rates = [info.acceptance_rate for info in self._move_locally(model, generator)]
+        local_rate = torch.stack(local_rates).mean((0, 2)) if local_rates else self.position.new_full((1,), math.nan)
+        if local_rates:
+            # Adapted between rounds only, so that every accepted or rejected step had a fixed step size.
+            self.step_size = (self.step_size * torch.exp(0.5 * (local_rate - TARGET_ACCEPTANCE)).unsqueeze(-1)).clamp(
+                1e-6, 2.0
+            )
+        return SamplerReport(local_rate.mean(), global_info.is_accepted.to(self.position.dtype).mean())
+
+    def _move_globally(
+        self, model: TiltedEnsemble, proposal: MixtureProposal, pool: Pool, generator: torch.Generator
+    ) -> Info:
+        n_members, n_chains, d = self.position.shape
+        log_proposal = proposal.log_prob(self.position.reshape(-1, d)).reshape(n_members, n_chains)
+        state = GlobalState(self.position, model.log_density(self.position) - log_proposal)
+        n_candidates = max(1, len(pool.position) // n_chains)
+        log_weight = pool_log_weight(model, pool)
+        # Every member deals the pool out to its chains in its own random order.
+        order = torch.rand(n_members, len(pool.position), generator=generator, device=pool.position.device).argsort(-1)
+        index = order[:, : n_chains * n_candidates].reshape(n_members, n_chains, n_candidates)
+        candidates = GlobalState(
+            pool.position[index], log_weight.gather(-1, index.flatten(1)).reshape(index.shape)
+        )
+        if self.global_kernel == "isir":
+            state, info = isir_step(state, candidates, generator=generator)
+        else:
+            for j in range(n_candidates):
+                candidate = GlobalState(candidates.position[:, :, j], candidates.log_weight[:, :, j])
+                state, info = imh_step(state, candidate, generator=generator)
+        self.position = state.position
+        return info
+
+    def _move_locally(self, model: TiltedEnsemble, generator: torch.Generator) -> list[Info]:
+        infos: list[Info] = []
+        if self.n_local_steps:
+            target = differentiable(model.log_density)
+            state = init_local(self.position, target)
+            for _ in range(self.n_local_steps):
+                state, info = mala_step(state, target, step_size=self.step_size, generator=generator)
+                infos.append(info)
+            self.position = state.position
+        return infos
+
+
+def differentiable(log_density: Callable[[torch.Tensor], torch.Tensor]) -> LogDensityAndGrad:
+    """Return a function that gives the log density of each position together with its gradient."""
+
+    def log_density_and_grad(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.enable_grad():
+            z = z.detach().requires_grad_(True)
+            value = log_density(z)
+            (grad,) = torch.autograd.grad(value.sum(), z)
+        return value.detach(), grad
+
+    return log_density_and_grad
+
+
+@torch.no_grad()
+def start_chains(model: TiltedEnsemble, pool: Pool, n_chains: int, generator: torch.Generator) -> torch.Tensor:
+    """Draw starting positions of every member's chains from the pool by weight, shape (K, n_chains, d)."""
+    probability = pool_log_weight(model, pool).softmax(-1)
+    index = torch.multinomial(probability, n_chains, replacement=True, generator=generator)
+    return pool.position[index]
+
+
+@torch.no_grad()
+def draw_from_model(
+    model: TiltedEnsemble, proposal: MixtureProposal, n_samples: int, generator: torch.Generator
+) -> torch.Tensor:
+    """Draw rows from the pooled density: resample a larger pool by weight, then move every draw locally."""
+    draws = []
+    for start in range(0, n_samples, _SAMPLE_CHUNK):
+        n = min(_SAMPLE_CHUNK, n_samples - start)
+        pool = draw_pool(proposal, max(_MIN_POOL, _POOL_PER_DRAW * n), generator)
+        log_weight = (model.pooled_log_density(pool.position) - pool.log_proposal).nan_to_num(nan=-math.inf)
+        index = torch.multinomial(log_weight.softmax(-1), n, replacement=True, generator=generator)
+        draws.append(_separate(model, pool.position[index], generator))
+    return torch.cat(draws)
+
+
+def _separate(model: TiltedEnsemble, position: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Move draws by MALA, so that those resampled from the same proposal part."""
+    target = differentiable(model.pooled_log_density)
+    state = init_local(position, target)
+    # Step sizes on a ladder, shared by all draws: one of them suits the narrowest direction of the density.
+    for step_size in _SEPARATION_STEPS:
+        step = position.new_full((1,), step_size / position.shape[-1] ** (1 / 3))
+        state, _ = mala_step(state, target, step_size=step, generator=generator)
+    return state.position
+
+
+def pool_effective_sample_size(model: TiltedEnsemble, pool: Pool) -> torch.Tensor:
+    """Return the mean effective sample size of the members on the pool, a fraction."""
+    return effective_sample_size(pool_log_weight(model, pool)).mean()

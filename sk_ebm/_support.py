@@ -1,0 +1,201 @@
+"""Feature map S: bijections from the user's features to whitened z-space, each with its log-Jacobian."""
+
+import math
+
+import torch
+from torch import nn
+
+_MAX_COMPONENTS = 6
+_MAX_ITER = 200
+# Narrowest component of a marginal mixture, in standard deviations of the feature: keeps ties from becoming spikes.
+_MIN_SCALE = 0.03
+_N_BISECTIONS = 50
+
+
+class FeatureMap(nn.Module):
+    """Bijection S: standardise, optionally send each margin to normal scores, then whiten symmetrically.
+
+    Parameters
+    ----------
+    shift, scale : tensor of shape (d,)
+        Location and scale of each feature.
+    margins : MarginalMap or None
+        Map of each standardised feature to normal scores.
+    mean : tensor of shape (d,)
+        Mean before whitening.
+    whitener : tensor of shape (d, d)
+        Symmetric inverse square root of the correlation matrix: of all whitenings the one nearest to
+        the identity, so axis-aligned structure stays axis-aligned.
+    """
+
+    def __init__(
+        self,
+        shift: torch.Tensor,
+        scale: torch.Tensor,
+        margins: "MarginalMap | None",
+        mean: torch.Tensor,
+        whitener: torch.Tensor,
+    ) -> None:
+        super().__init__()
+        self.margins = margins
+        self.register_buffer("shift", shift)
+        self.register_buffer("scale", scale)
+        self.register_buffer("mean", mean)
+        self.register_buffer("whitener", whitener)
+        self.register_buffer("unwhitener", torch.linalg.inv(whitener))
+        self.register_buffer("log_det", torch.linalg.slogdet(whitener).logabsdet - scale.log().sum())
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Map x of shape (n, d) to z; also return log |det dz/dx| per row, shape (n,)."""
+        s = (x - self.shift) / self.scale
+        log_det = self.log_det.expand(len(x))
+        if self.margins is not None:
+            s, log_det_margins = self.margins(s)
+            log_det = log_det + log_det_margins
+        return (s - self.mean) @ self.whitener, log_det
+
+    def inverse(self, z: torch.Tensor) -> torch.Tensor:
+        """Map z of shape (n, d) back to x."""
+        s = z @ self.unwhitener + self.mean
+        if self.margins is not None:
+            s = self.margins.inverse(s)
+        return s * self.scale + self.shift
+
+
+class MarginalMap(nn.Module):
+    """Send each feature to normal scores, z = Phi^-1(F(s)), F the CDF of its own small Gaussian mixture.
+
+    Far outside the data the map is linear, so tails stay sane.
+
+    Parameters
+    ----------
+    proportions, means, scales : tensor of shape (d, k)
+        Mixture of each feature; unused components have proportion 0.
+    """
+
+    def __init__(self, proportions: torch.Tensor, means: torch.Tensor, scales: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("log_proportions", proportions.log())
+        self.register_buffer("means", means)
+        self.register_buffer("scales", scales)
+
+    def forward(self, s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Map s of shape (n, d) to normal scores; also return the summed log derivative, shape (n,)."""
+        standardised = (s.unsqueeze(-1) - self.means) / self.scales
+        log_cdf, log_sf = self._log_cdf_and_log_sf(standardised)
+        z = torch.where(log_cdf < log_sf, _normal_quantile(log_cdf), -_normal_quantile(log_sf))
+        log_density = (self.log_proportions - self.scales.log() - 0.5 * standardised.square()).logsumexp(-1)
+        return z, (log_density + 0.5 * z.square()).sum(-1)
+
+    def inverse(self, z: torch.Tensor) -> torch.Tensor:
+        """Map normal scores back, by bisection between the quantiles of the components."""
+        quantiles = self.means + self.scales * z.unsqueeze(-1)
+        is_used = self.log_proportions > -math.inf
+        low = quantiles.masked_fill(~is_used, math.inf).amin(-1)
+        high = quantiles.masked_fill(~is_used, -math.inf).amax(-1)
+        log_target = torch.special.log_ndtr(-z.abs())
+        for _ in range(_N_BISECTIONS):
+            middle = 0.5 * (low + high)
+            log_cdf, log_sf = self._log_cdf_and_log_sf((middle.unsqueeze(-1) - self.means) / self.scales)
+            # Compare in the nearer tail, where the logarithm keeps its precision.
+            is_below = torch.where(z < 0, log_cdf < log_target, log_sf > log_target)
+            low, high = torch.where(is_below, middle, low), torch.where(is_below, high, middle)
+        return 0.5 * (low + high)
+
+    def _log_cdf_and_log_sf(self, standardised: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        log_cdf = (self.log_proportions + torch.special.log_ndtr(standardised)).logsumexp(-1)
+        log_sf = (self.log_proportions + torch.special.log_ndtr(-standardised)).logsumexp(-1)
+        return log_cdf, log_sf
+
+
+def fit_feature_map(x: torch.Tensor, weight: torch.Tensor, *, use_margins: bool) -> FeatureMap:
+    """Fit the feature map to weighted rows.
+
+    Parameters
+    ----------
+    x : tensor of shape (n, d)
+        Rows, float64; no feature may be constant.
+    weight : tensor of shape (n,)
+        Non-negative row weights.
+    use_margins : bool
+        Whether to send margins to normal scores.
+    """
+    total = weight.sum()
+    shift = (weight @ x) / total
+    scale = ((weight @ (x - shift).square()) / total).sqrt()
+    s = (x - shift) / scale
+    margins = fit_marginal_map(s, weight) if use_margins else None
+    if margins is not None:
+        s = margins(s)[0]
+    mean = (weight @ s) / total
+    covariance = (weight.unsqueeze(-1) * (s - mean)).T @ (s - mean) / total
+    return FeatureMap(shift, scale, margins, mean, _symmetric_whitener(covariance, float(total)))
+
+
+def fit_marginal_map(s: torch.Tensor, weight: torch.Tensor) -> MarginalMap:
+    """Fit a 1-D Gaussian mixture to every standardised feature by weighted EM, its size chosen by BIC."""
+    n_features = s.shape[1]
+    best_bic = torch.full((n_features,), math.inf, dtype=s.dtype, device=s.device)
+    shape = (n_features, _MAX_COMPONENTS)
+    best = [torch.zeros(shape, dtype=s.dtype, device=s.device) for _ in range(2)]
+    best.append(torch.ones(shape, dtype=s.dtype, device=s.device))
+    order = s.argsort(0)
+    for n_components in range(1, _MAX_COMPONENTS + 1):
+        fitted, log_likelihood = _fit_margins(s, weight, n_components, order)
+        bic = (3 * n_components - 1) * math.log(float(weight.sum())) - 2 * log_likelihood
+        is_better = bic < best_bic
+        best_bic = torch.where(is_better, bic, best_bic)
+        for kept, new, unused in zip(best, fitted, (0.0, 0.0, 1.0), strict=True):
+            padded = nn.functional.pad(new, (0, _MAX_COMPONENTS - n_components), value=unused)
+            kept[is_better] = padded[is_better]
+    return MarginalMap(*best)
+
+
+def _fit_margins(
+    s: torch.Tensor, weight: torch.Tensor, n_components: int, order: torch.Tensor
+) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
+    """Run EM on all features at once; return (proportions, means, scales) and the log-likelihoods (d,)."""
+    n_features = s.shape[1]
+    # Start from equal-mass slices of the sorted feature.
+    cumulative = weight[order].cumsum(0)
+    slices = (cumulative / cumulative[-1] * n_components).ceil().clamp(1, n_components).long() - 1
+    labels = torch.empty_like(slices).scatter_(0, order, slices)
+    responsibility = nn.functional.one_hot(labels, n_components).to(s.dtype)
+    previous = torch.full((n_features,), -math.inf, dtype=s.dtype, device=s.device)
+    for _ in range(_MAX_ITER):
+        mass = weight.reshape(-1, 1, 1) * responsibility
+        counts = mass.sum(0) + 1e-9
+        means = (mass * s.unsqueeze(-1)).sum(0) / counts
+        variance = (mass * (s.unsqueeze(-1) - means).square()).sum(0) / counts
+        scales = variance.sqrt().clamp(min=_MIN_SCALE)
+        proportions = counts / counts.sum(-1, keepdim=True)
+        standardised = (s.unsqueeze(-1) - means) / scales
+        joint = (proportions / scales).log() - 0.5 * standardised.square() - 0.5 * math.log(2 * math.pi)
+        log_prob = joint.logsumexp(-1)
+        log_likelihood = weight @ log_prob
+        if bool((log_likelihood - previous < 1e-5 * weight.sum()).all()):
+            break
+        previous = log_likelihood
+        responsibility = (joint - log_prob.unsqueeze(-1)).exp()
+    return (proportions, means, scales), log_likelihood
+
+
+def _symmetric_whitener(covariance: torch.Tensor, n_samples: float) -> torch.Tensor:
+    """Inverse square root of a covariance shrunk towards its diagonal, more so with few rows per feature."""
+    d = len(covariance)
+    shrinkage = min(1.0, 0.1 * d / n_samples)
+    shrunk = (1 - shrinkage) * covariance + shrinkage * torch.diag(covariance.diagonal())
+    eigenvalues, eigenvectors = torch.linalg.eigh(shrunk)
+    eigenvalues = eigenvalues.clamp(min=1e-8 * float(eigenvalues[-1]))
+    return (eigenvectors / eigenvalues.sqrt()) @ eigenvectors.T
+
+
+def _normal_quantile(log_p: torch.Tensor) -> torch.Tensor:
+    """Solve log Phi(z) = log_p for log_p <= log(1/2), by Newton steps where exp(log_p) would underflow."""
+    moderate = torch.special.ndtri(log_p.clamp(min=-600).exp())
+    z = torch.where(log_p > -600, moderate, -(-2 * log_p).clamp(min=0).sqrt())
+    for _ in range(3):
+        log_cdf = torch.special.log_ndtr(z)
+        log_slope = -0.5 * z.square() - 0.5 * math.log(2 * math.pi) - log_cdf
+        z = z - (log_cdf - log_p) * (-log_slope).exp()
+    return z

@@ -1,0 +1,336 @@
+"""Maximum-likelihood training of the energies while a flow learns to propose for them."""
+
+import copy
+import enum
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from sk_ebm._folds import Folds
+from sk_ebm._log_normalizer import estimate_log_normalizer
+from sk_ebm._model import TiltedEnsemble
+from sk_ebm._sampler import (
+    Chains,
+    Pool,
+    defensive_proposal,
+    draw_pool,
+    pool_effective_sample_size,
+    pool_log_weight,
+    start_chains,
+)
+
+_FLOW_FIT_LEARNING_RATE = 5e-3
+_FLOW_CHECK_EVERY = 25
+_FLOW_PATIENCE = 4
+_FLOW_LEARNING_RATE = 2e-3
+_DATA_SHARE_OF_FLOW_BATCH = 0.25
+_WEIGHT_AVERAGE_DECAY = 0.99
+_MAX_GRAD_NORM = 5.0
+_MAX_ROUNDS_AT_GATE = 30
+
+
+class Outcome(enum.Enum):
+    """How training ended, and the sentence the user reads."""
+
+    CONVERGED = "the validation log-likelihood stopped improving"
+    MAX_ITER = "max_iter was reached while the validation log-likelihood was still improving"
+    SAMPLER_TOO_WEAK = "the flow could no longer propose for the energy: the effective sample size stayed too low"
+    NON_FINITE = "the loss became non-finite; the last good parameters were kept"
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Numbers of the loop; the first ones are parameters of EBMFlowDensity."""
+
+    max_iter: int
+    learning_rate: float
+    weight_decay: float
+    batch_size: int
+    n_chains: int
+    global_kernel: str
+    n_local_steps: int
+    early_stopping: bool
+    n_iter_no_change: int
+    tol: float
+    steps_per_iter: int = 16
+    n_flow_steps: int = 2
+    pool_size: int = 1024
+    validate_every: int = 5
+    defensive_fraction: float = 0.3
+    min_effective_sample_size: float = 0.02
+
+
+class TrainResult(NamedTuple):
+    """What training leaves behind: everything else was scratch."""
+
+    model: TiltedEnsemble
+    flow: nn.Module
+    history: list[dict[str, float]]
+    n_iter: int
+    outcome: Outcome
+    held_out_log_likelihood: float
+    acceptance_rate: dict[str, float]
+
+
+@dataclass
+class Monitor:
+    """Keep the history, decide when to stop, and hold the best parameters."""
+
+    settings: TrainSettings
+    history: list[dict[str, float]] = field(default_factory=list)
+    best_score: float = -math.inf
+    best_iter: int = 0
+    best: Any = None
+    _reference: float = -math.inf
+    _stale: int = 0
+
+    def record(self, check: dict[str, float], keep: Callable[[], Any]) -> None:
+        """Add a validation check; `keep` returns a copy of what to restore if this check is the best."""
+        self.history.append(check)
+        score = check["validation_log_likelihood"]
+        if score > self.best_score or not self.settings.early_stopping:
+            self.best_score, self.best_iter, self.best = score, int(check["iteration"]), keep()
+        if score > self._reference + self.settings.tol:
+            self._reference, self._stale = score, 0
+        else:
+            self._stale += 1
+
+    def is_converged(self) -> bool:
+        """Return whether the score has not improved for `n_iter_no_change` checks."""
+        return self.settings.early_stopping and self._stale >= self.settings.n_iter_no_change
+
+
+def train(
+    model: TiltedEnsemble,
+    flow: nn.Module,
+    data: Folds,
+    settings: TrainSettings,
+    generator: torch.Generator,
+    report: Callable[[dict[str, float]], None] = lambda check: None,
+) -> TrainResult:
+    """Train the energies of `model` and the `flow` in place until a stopping rule fires.
+
+    Parameters
+    ----------
+    model : TiltedEnsemble
+        Energies to train on their bases.
+    flow : nn.Module
+        Proposal, already fitted to the data.
+    data : Folds
+        Rows, weights and folds.
+    settings : TrainSettings
+        Numbers of the loop.
+    generator : torch.Generator
+        Source of all randomness.
+    report : callable
+        Called with every validation check.
+    """
+    state = _TrainState(model, flow, data, settings, generator)
+    monitor = Monitor(settings)
+    outcome = Outcome.MAX_ITER
+    iteration, rounds_at_gate = 0, 0
+    check = state.validate(0)
+    monitor.record(check, state.snapshot)
+    for iteration in range(1, settings.max_iter + 1):
+        pool = state.propose()
+        state.move_chains(pool)
+        if float(pool_effective_sample_size(model, pool)) >= settings.min_effective_sample_size:
+            rounds_at_gate = 0
+            state.energy_steps(iteration)
+        else:
+            rounds_at_gate += 1
+        state.flow_steps()
+        if iteration % settings.validate_every == 0 or iteration == settings.max_iter:
+            check = state.validate(iteration)
+            if not math.isfinite(check["validation_log_likelihood"]):
+                outcome = Outcome.NON_FINITE
+                break
+            monitor.record(check, state.snapshot)
+            report(check)
+        if monitor.is_converged():
+            outcome = Outcome.CONVERGED
+            break
+        if rounds_at_gate >= _MAX_ROUNDS_AT_GATE:
+            outcome = Outcome.SAMPLER_TOO_WEAK
+            break
+    best_model, best_flow = monitor.best
+    return TrainResult(
+        best_model, best_flow, monitor.history, iteration, outcome, monitor.best_score, state.acceptance_rate()
+    )
+
+
+class _TrainState:
+    """Optimisers, chains and averages of one training run; dies with it."""
+
+    def __init__(
+        self,
+        model: TiltedEnsemble,
+        flow: nn.Module,
+        data: Folds,
+        settings: TrainSettings,
+        generator: torch.Generator,
+    ) -> None:
+        self.model, self.flow, self.data, self.settings, self.generator = model, flow, data, settings, generator
+        self.started = time.perf_counter()
+        self.average = model.frozen_copy()
+        self.train_weight = data.train_weight()
+        self.held_out_weight = data.held_out_weight()
+        self.base_log_prob = torch.cat([model.base_log_prob(z) for z in data.rows.split(16384)], dim=-1)
+        self.energy_parameters = [p for p in model.energies.parameters() if p.requires_grad]
+        self.energy_optimizer = torch.optim.AdamW(
+            self.energy_parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, betas=(0.9, 0.98)
+        )
+        self.flow_optimizer = torch.optim.AdamW(flow.parameters(), lr=_FLOW_LEARNING_RATE)
+        self.proposal = defensive_proposal(flow, list(model.bases), settings.defensive_fraction)
+        pool = self.propose()
+        self.chains = Chains(
+            start_chains(model, pool, settings.n_chains, generator),
+            global_kernel=settings.global_kernel,
+            n_local_steps=settings.n_local_steps,
+        )
+        self.n_energy_steps = 0
+        self.reports: list[torch.Tensor] = []
+
+    def propose(self) -> Pool:
+        """Draw a fresh pool."""
+        return draw_pool(self.proposal, self.settings.pool_size, self.generator)
+
+    def move_chains(self, pool: Pool) -> None:
+        """Move every chain."""
+        report = self.chains.move(self.model, self.proposal, pool, self.generator)
+        self.reports.append(torch.stack(report))
+
+    def energy_steps(self, iteration: int) -> None:
+        """Take likelihood-gradient steps against the chains, reweighted for how far the energy has moved since."""
+        position = self.chains.position
+        with torch.no_grad():
+            energy_at_move = self.model.energy(position)
+        for _ in range(self.settings.steps_per_iter):
+            self._set_learning_rate()
+            rows = torch.randint(
+                len(self.data.rows), (self.settings.batch_size,), generator=self.generator, device=self.data.rows.device
+            )
+            weight = self.train_weight[:, rows]
+            n_data = len(rows)
+            batch = torch.cat([self.data.rows[rows].expand(len(self.model), -1, -1), position], dim=1)
+            energy = self.model.energy(batch)
+            positive_phase = (weight * energy[:, :n_data]).sum(-1) / weight.sum(-1).clamp(min=1e-12)
+            energy_of_chains = energy[:, n_data:]
+            drift_weight = (energy_at_move - energy_of_chains.detach()).softmax(-1)
+            negative_phase = (drift_weight * energy_of_chains).sum(-1)
+            loss = (positive_phase - negative_phase).sum()
+            self.energy_optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.energy_parameters, _MAX_GRAD_NORM)
+            self.energy_optimizer.step()
+            self._update_average()
+
+    def flow_steps(self) -> None:
+        """Fit the flow to the chains by forward KL, with some data rows so that it forgets no mode."""
+        if not self.settings.n_flow_steps:
+            return
+        chains = self.chains.position.flatten(0, 1)
+        n_data = int(_DATA_SHARE_OF_FLOW_BATCH * self.settings.batch_size)
+        for _ in range(self.settings.n_flow_steps):
+            rows = torch.multinomial(self.data.weight, n_data, replacement=True, generator=self.generator)
+            picks = torch.randint(
+                len(chains),
+                (self.settings.batch_size - n_data,),
+                generator=self.generator,
+                device=chains.device,
+            )
+            loss = -self.flow.log_prob(torch.cat([chains[picks], self.data.rows[rows]])).mean()
+            self.flow_optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.flow.parameters(), _MAX_GRAD_NORM)
+            self.flow_optimizer.step()
+
+    @torch.no_grad()
+    def validate(self, iteration: int) -> dict[str, float]:
+        """Return held-out and training log-likelihood per row (nats) of the averaged energies."""
+        pool = draw_pool(self.proposal, 2 * self.settings.pool_size, self.generator)
+        estimates = [estimate_log_normalizer(w) for w in pool_log_weight(self.average, pool)]
+        log_normalizer = torch.tensor([e.value for e in estimates], dtype=self.data.rows.dtype, device=self.data.rows.device)
+        energy = torch.cat([self.average.energy(z) for z in self.data.rows.split(16384)], dim=-1)
+        log_prob = self.base_log_prob - energy - log_normalizer.unsqueeze(-1)
+        return {
+            "iteration": iteration,
+            "seconds": time.perf_counter() - self.started,
+            "train_log_likelihood": float((self.train_weight * log_prob).sum() / self.train_weight.sum()),
+            "validation_log_likelihood": float((self.held_out_weight * log_prob).sum() / self.held_out_weight.sum()),
+            "log_normalizer": float(log_normalizer.mean()),
+            "effective_sample_size": sum(e.effective_sample_size for e in estimates) / len(estimates),
+        }
+
+    def snapshot(self) -> tuple[TiltedEnsemble, nn.Module]:
+        """Return copies of the averaged energies and the flow."""
+        return self.average.frozen_copy(), copy.deepcopy(self.flow).requires_grad_(False)
+
+    def acceptance_rate(self) -> dict[str, float]:
+        """Return the mean acceptance rates of the last moves."""
+        recent = torch.stack(self.reports[-20:]).mean(0) if self.reports else torch.full((2,), math.nan)
+        return {"local": float(recent[0]), "flow": float(recent[1])}
+
+    def _set_learning_rate(self) -> None:
+        settings = self.settings
+        self.n_energy_steps += 1
+        warm_up = min(1.0, self.n_energy_steps / 50)
+        progress = min(1.0, self.n_energy_steps / (settings.max_iter * settings.steps_per_iter))
+        rate = settings.learning_rate * warm_up * (0.5 * (1 + math.cos(math.pi * progress)) + 0.01)
+        for group in self.energy_optimizer.param_groups:
+            group["lr"] = rate
+
+    @torch.no_grad()
+    def _update_average(self) -> None:
+        decay = min(_WEIGHT_AVERAGE_DECAY, self.n_energy_steps / (self.n_energy_steps + 10))
+        average = list(self.average.energies.parameters())
+        torch._foreach_lerp_(average, list(self.model.energies.parameters()), 1 - decay)
+
+
+def fit_flow(
+    flow: nn.Module,
+    z: torch.Tensor,
+    weight: torch.Tensor,
+    held_out_weight: torch.Tensor,
+    *,
+    max_steps: int,
+    batch_size: int,
+    generator: torch.Generator,
+) -> float:
+    """Fit a flow to weighted rows by maximum likelihood, stop when the held-out rows say so, restore the best.
+
+    Returns
+    -------
+    float
+        Best held-out log-likelihood per row (nats).
+    """
+    optimizer = torch.optim.AdamW(flow.parameters(), lr=_FLOW_FIT_LEARNING_RATE, weight_decay=1e-4)
+    held_out = held_out_weight > 0
+    z_held_out, weight_held_out = z[held_out][:4096], held_out_weight[held_out][:4096]
+    best_score, best, stale = -math.inf, copy.deepcopy(flow.state_dict()), 0
+    for step in range(max_steps + 1):
+        if step % _FLOW_CHECK_EVERY == 0:
+            with torch.no_grad():
+                score = float((weight_held_out * flow.log_prob(z_held_out)).sum() / weight_held_out.sum())
+            if score > best_score:
+                best_score, best, stale = score, copy.deepcopy(flow.state_dict()), 0
+            else:
+                stale += 1
+            if stale >= _FLOW_PATIENCE or not math.isfinite(score):
+                break
+        for group in optimizer.param_groups:
+            warm_up, progress = min(1.0, (step + 1) / _FLOW_CHECK_EVERY), step / max(max_steps, 1)
+            group["lr"] = _FLOW_FIT_LEARNING_RATE * warm_up * 0.5 * (1 + math.cos(math.pi * progress))
+        rows = torch.multinomial(weight, batch_size, replacement=True, generator=generator)
+        loss = -flow.log_prob(z[rows]).mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(flow.parameters(), _MAX_GRAD_NORM)
+        optimizer.step()
+    flow.load_state_dict(best)
+    return best_score
