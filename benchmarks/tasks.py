@@ -139,5 +139,12 @@ def claw() -> Task:
 def core_tasks() -> list[Task]:
     """Return the eight tasks of the core table."""
     return [
-        rings(), checkerboard(), two_moons(), eight_gaussians(), two_modes(10), student_t(), copula(), claw(),
+        rings(),
+        checkerboard(),
+        two_moons(),
+        eight_gaussians(),
+        two_modes(10),
+        student_t(),
+        copula(),
+        claw(),
     ]

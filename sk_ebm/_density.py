@@ -1,6 +1,5 @@
 """EBMFlowDensity: the one file that knows scikit-learn, and the border between numpy and torch."""
 
-import math
 import sys
 import warnings
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from sk_ebm._energy import MLPEnergy, resolve_hidden_layer_sizes
 from sk_ebm._fitting import FitSettings, FittedModel, fit_model
 from sk_ebm._flow import make_flow
 from sk_ebm._folds import Folds
-from sk_ebm._sampler import draw_from_model
+from sk_ebm._sampler import draw_from_density
 from sk_ebm._training import Outcome, TrainSettings
 
 _SCORE_CHUNK = 8192
@@ -47,8 +46,8 @@ class EBMFlowDensity(DensityMixin, BaseEstimator):
     Parameters
     ----------
     base : {"auto", "gaussian", "student_t", "mixture", "flow"}, default="auto"
-        Base density q_0. "auto" trains energies on a Gaussian, on the best of the others, and pools them with the
-        shares that make held-out rows most likely.
+        Base density q_0. "auto" trains energies on a Gaussian and on the best of the others, and mixes the
+        results with the shares that make held-out rows most likely.
     feature_map : {"auto", "standard", "marginal"}, default="auto"
         Map of the features before everything else: whitening, or normal scores of each feature and whitening.
         "auto" takes the normal scores where held-out rows become clearly more likely.
@@ -58,14 +57,15 @@ class EBMFlowDensity(DensityMixin, BaseEstimator):
     hidden_layer_sizes : "auto" or tuple of int, default="auto"
         Hidden layers of the default energy; "auto" takes three layers that widen slowly with the number of rows.
     n_estimators : int, default=4
-        Number of energies per base; each holds out another fold of the rows, and their log densities are averaged.
+        Number of energies per base; each holds out another fold of the rows, and the energies are averaged.
     flow : {"spline", "affine"}, default="spline"
         Coupling flow; "affine" is faster and less accurate.
     max_iter : int, default=100
         Most iterations of training; each moves the chains and takes 16 gradient steps.
-    learning_rate : float, default=0.003
-        Peak learning rate of the energies.
-    alpha : float, default=0.03
+    learning_rate : "auto" or float, default="auto"
+        Peak learning rate of the energies; "auto" is 0.006 up to two features and falls with the square root of
+        their number beyond.
+    alpha : float, default=0.1
         Weight decay of the energies.
     batch_size : int, default=256
         Rows per gradient step.
@@ -80,7 +80,7 @@ class EBMFlowDensity(DensityMixin, BaseEstimator):
         Smallest improvement of the held-out log-likelihood per row (nats) that counts.
     sampler : {"isir", "imh"}, default="isir"
         Kernel of the global moves: iterated sampling importance resampling or independence Metropolis-Hastings.
-    n_chains : int, default=256
+    n_chains : int, default=512
         Markov chains per energy.
     n_local_steps : int, default=1
         Metropolis-adjusted Langevin steps per chain and iteration.
@@ -117,10 +117,10 @@ class EBMFlowDensity(DensityMixin, BaseEstimator):
         and "validation_log_likelihoods" of all bases tried.
     outcome_ : str
         How training ended, in one sentence.
-    energy_ : torch.nn.Module
-        Pooled energies on their bases.
-    flow_ : torch.nn.Module
-        Proposal: the flows and the bases.
+    density_ : torch.nn.Module
+        Energies on their bases; ``density_.log_density`` maps z to unnormalised log densities.
+    proposal_ : torch.nn.Module
+        Mixture of the flows and the bases that draws for log Z and for `sample`.
     feature_map_ : torch.nn.Module
         Fitted feature map.
     n_features_in_ : int
@@ -161,7 +161,7 @@ class EBMFlowDensity(DensityMixin, BaseEstimator):
         "n_estimators": [Interval(Integral, 1, None, closed="left")],
         "flow": [StrOptions({"spline", "affine"})],
         "max_iter": [Interval(Integral, 1, None, closed="left")],
-        "learning_rate": [Interval(Real, 0, None, closed="neither")],
+        "learning_rate": [StrOptions({"auto"}), Interval(Real, 0, None, closed="neither")],
         "alpha": [Interval(Real, 0, None, closed="left")],
         "batch_size": [Interval(Integral, 1, None, closed="left")],
         "early_stopping": ["boolean"],
@@ -187,15 +187,15 @@ class EBMFlowDensity(DensityMixin, BaseEstimator):
         n_estimators: int = 4,
         flow: str = "spline",
         max_iter: int = 100,
-        learning_rate: float = 0.003,
-        alpha: float = 0.03,
+        learning_rate: str | float = "auto",
+        alpha: float = 0.1,
         batch_size: int = 256,
         early_stopping: bool = True,
         validation_fraction: float = 0.25,
         n_iter_no_change: int = 5,
         tol: float = 0.001,
         sampler: str = "isir",
-        n_chains: int = 256,
+        n_chains: int = 512,
         n_local_steps: int = 1,
         device: str = "auto",
         warm_start: bool = False,
@@ -277,7 +277,7 @@ class EBMFlowDensity(DensityMixin, BaseEstimator):
             for start in range(0, len(X), _SCORE_CHUNK):
                 rows = slice(start, start + _SCORE_CHUNK)
                 z, log_det = self.feature_map_(_to_tensor(X[rows]))
-                log_density[rows] = (self.energy_.pooled_log_density(z) - self.log_normalizer_ + log_det).numpy()
+                log_density[rows] = (self.density_.log_density(z) - self.log_normalizer_ + log_det).numpy()
         return log_density
 
     def score(self, X: Any, y: Any = None) -> float:
@@ -321,7 +321,7 @@ class EBMFlowDensity(DensityMixin, BaseEstimator):
         if n_samples < 1:
             raise ValueError(f"n_samples must be at least 1, got {n_samples}.")
         generator = _generator(random_state)
-        z = draw_from_model(self.energy_, self.flow_, int(n_samples), generator)
+        z = draw_from_density(self.density_.log_density, self.proposal_, int(n_samples), generator)
         return torch.cat([self.feature_map_.inverse(part) for part in z.split(_SCORE_CHUNK)]).numpy()
 
     def _fit(self, X: Any, sample_weight: Any) -> None:
@@ -344,7 +344,7 @@ class EBMFlowDensity(DensityMixin, BaseEstimator):
         self._warn(fitted)
 
     def _settings(self, n_samples: int, n_features: int) -> FitSettings:
-        hidden = self.hidden_layer_sizes
+        hidden, rate = self.hidden_layer_sizes, self.learning_rate
         sizes = resolve_hidden_layer_sizes(n_samples) if isinstance(hidden, str) else _check_sizes(hidden)
         return FitSettings(
             base=self.base,
@@ -354,7 +354,7 @@ class EBMFlowDensity(DensityMixin, BaseEstimator):
             device=_resolve_device(self.device),
             train=TrainSettings(
                 max_iter=self.max_iter,
-                learning_rate=self.learning_rate,
+                learning_rate=0.006 * min(1.0, (2 / n_features) ** 0.5) if rate == "auto" else rate,
                 weight_decay=self.alpha,
                 batch_size=self.batch_size,
                 n_chains=self.n_chains,
@@ -371,8 +371,8 @@ class EBMFlowDensity(DensityMixin, BaseEstimator):
         results = [candidate.result for candidate in fitted.candidates]
         name = max(fitted.shares, key=lambda candidate: fitted.shares[candidate])
         self.feature_map_ = fitted.feature_map
-        self.energy_ = fitted.model
-        self.flow_ = fitted.proposal
+        self.density_ = fitted.model
+        self.proposal_ = fitted.proposal
         self.log_normalizer_ = fitted.log_normalizer.value
         self.log_normalizer_std_error_ = fitted.log_normalizer.std_error
         self.effective_sample_size_ = fitted.log_normalizer.effective_sample_size
@@ -405,7 +405,7 @@ class EBMFlowDensity(DensityMixin, BaseEstimator):
                 warnings.warn(
                     f"Training on the {candidate.name} base ended early after {candidate.result.n_iter} iterations: "
                     f"{candidate.result.outcome.value}. The best parameters before that are used. Try a smaller "
-                    f"learning_rate (now {self.learning_rate:g}) or another base (now {self.base!r}).",
+                    f"learning_rate (now {self.learning_rate!r}) or another base (now {self.base!r}).",
                     TrainingWarning,
                     stacklevel=4,
                 )

@@ -1,7 +1,6 @@
 """Fit the whole model: feature map, bases, flow, energies on every candidate base, and their pool."""
 
 import copy
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,9 +12,16 @@ from torch import nn
 
 from sk_ebm._folds import Folds
 from sk_ebm._log_normalizer import LogNormalizer, estimate_log_normalizer
-from sk_ebm._model import TiltedEnsemble, pool_ensembles
-from sk_ebm._pooling import pooling_shares
-from sk_ebm._sampler import MixtureProposal, defensive_proposal, draw_pool, pool_log_weight
+from sk_ebm._model import StackedDensity, TiltedEnsemble
+from sk_ebm._sampler import (
+    LogDensity,
+    MixtureProposal,
+    Pool,
+    defensive_proposal,
+    draw_pool,
+    log_weight,
+    pool_log_weight,
+)
 from sk_ebm._selection import (
     Bases,
     cheap_bases,
@@ -23,6 +29,7 @@ from sk_ebm._selection import (
     cross_fit_base,
     mean_log_det,
 )
+from sk_ebm._stacking import stacking_shares
 from sk_ebm._support import FeatureMap, fit_feature_map
 from sk_ebm._training import TrainResult, TrainSettings, fit_flow, train
 
@@ -32,7 +39,7 @@ _FLOW_WITHIN = 0.1
 _MIN_FLOW_GAIN = 0.1
 _FLOW_STEPS = 300
 _MIN_SHARE = 0.1
-_POOLING_DRAWS = 20_000
+_STACKING_DRAWS = 20_000
 _CHUNK = 8192
 _MIN_DRAWS = 4 * _CHUNK
 _MAX_DRAWS = 32 * _CHUNK
@@ -68,7 +75,7 @@ class FittedModel(NamedTuple):
     candidates: list[Candidate]
     shares: dict[str, float]
     scores: dict[str, float]
-    model: TiltedEnsemble
+    model: StackedDensity
     proposal: MixtureProposal
     log_normalizer: LogNormalizer
 
@@ -97,8 +104,8 @@ def fit_model(
     shares = trainer.shares(candidates)
     scores = {candidate.name: candidate.result.held_out_log_likelihood + log_det for candidate in candidates}
     kept = _to_float64([candidate for candidate, share in zip(candidates, shares, strict=True) if share > 0])
-    model = pool_ensembles([candidate.model for candidate in kept], [share for share in shares if share > 0])
     proposal = _joint_proposal(kept, settings.train.defensive_fraction)
+    model = _stack(kept, [share for share in shares if share > 0], proposal, generator)
     return FittedModel(
         feature_map,
         kept,
@@ -106,19 +113,18 @@ def fit_model(
         scores,
         model,
         proposal,
-        estimate_log_normalizer_of(model, proposal, generator),
+        estimate_log_normalizer_of(model.log_density, proposal, generator),
     )
 
 
 @torch.no_grad()
 def estimate_log_normalizer_of(
-    model: TiltedEnsemble, proposal: MixtureProposal, generator: torch.Generator
+    log_density: LogDensity, proposal: MixtureProposal, generator: torch.Generator
 ) -> LogNormalizer:
-    """Estimate the pooled log Z by importance sampling, with as many draws as its standard error asks for."""
+    """Estimate log Z by importance sampling, with as many draws as its standard error asks for."""
     log_weights: list[torch.Tensor] = []
     for n_draws in range(_CHUNK, _MAX_DRAWS + 1, _CHUNK):
-        pool = draw_pool(proposal, _CHUNK, generator)
-        log_weights.append(model.pooled_log_density(pool.position) - pool.log_proposal)
+        log_weights.append(log_weight(log_density, draw_pool(proposal, _CHUNK, generator)))
         estimate = estimate_log_normalizer(torch.cat(log_weights))
         if n_draws >= _MIN_DRAWS and estimate.std_error < _LOG_NORMALIZER_STD_ERROR:
             break
@@ -164,7 +170,8 @@ class _Trainer:
         flow = self._make_flow()
         flow_score = self._fit_flow(flow, 0)
         candidates = [self._start(name, bases[name].members, flow) for name in bases]
-        if self.settings.base == "flow" or (self.settings.base == "auto" and self._is_promising(flow_score, bases, candidates)):
+        is_auto = self.settings.base == "auto"
+        if self.settings.base == "flow" or (is_auto and self._is_promising(flow_score, bases, candidates)):
             candidates.append(self._start("flow", self._flow_bases(flow), flow))
         return candidates
 
@@ -196,26 +203,22 @@ class _Trainer:
         """Return each candidate's share of the pool; small ones are set to zero."""
         if len(candidates) == 1:
             return [1.0]
+        pool = draw_pool(
+            _joint_proposal(candidates, self.settings.train.defensive_fraction), _STACKING_DRAWS, self.device_generator
+        )
         with torch.no_grad():
-            held_out, pools = [], []
-            proposal = _joint_proposal(candidates, self.settings.train.defensive_fraction)
-            pool = draw_pool(proposal, _POOLING_DRAWS, self.device_generator)
-            for candidate in candidates:
-                model = candidate.model
-                log_density = torch.cat([model.log_density(z) for z in pool.position.split(_CHUNK)], dim=-1)
-                log_weight = log_density - pool.log_proposal
-                log_z = torch.tensor([estimate_log_normalizer(w).value for w in log_weight]).to(log_density)
-                pools.append(log_density - log_z.unsqueeze(-1))
-                at_data = torch.cat([model.log_density(z) for z in self.data.rows.split(_CHUNK)], dim=-1)
-                held_out.append(at_data - log_z.unsqueeze(-1))
-            shares = pooling_shares(
-                torch.stack(held_out).cpu(),
-                self.data.held_out_weight().cpu(),
-                torch.stack(pools).cpu(),
-                pool.log_proposal.cpu(),
-            )
+            held_out = torch.stack([self._member_log_prob(candidate.model, pool) for candidate in candidates])
+        shares = stacking_shares(held_out, self.data.held_out_weight()).cpu()
         shares = torch.where(shares < _MIN_SHARE, 0.0, shares)
         return [float(share) for share in shares / shares.sum()]
+
+    def _member_log_prob(self, model: TiltedEnsemble, pool: Pool) -> torch.Tensor:
+        """Return the normalised log density (nats, in z-space) of every row under every member, shape (K, n)."""
+        parts = pool.position.split(_CHUNK), pool.log_proposal.split(_CHUNK)
+        weights = torch.cat([pool_log_weight(model, Pool(*part)) for part in zip(*parts, strict=True)], dim=-1)
+        log_normalizer = torch.tensor([estimate_log_normalizer(weight).value for weight in weights]).to(weights)
+        log_density = torch.cat([model.log_density(z) for z in self.data.rows.split(_CHUNK)], dim=-1)
+        return log_density - log_normalizer.unsqueeze(-1)
 
     def _start(self, name: str, bases: list[nn.Module], flow: nn.Module) -> Candidate:
         with seeded_modules(self.generator):
@@ -244,7 +247,7 @@ class _Trainer:
             self.data.rows,
             self.data.weight * ~is_held_out,
             self.data.weight * is_held_out,
-            max_steps=_FLOW_STEPS,
+            max_steps=min(_FLOW_STEPS, self.settings.train.max_iter * self.settings.train.steps_per_iter),
             batch_size=self.settings.train.batch_size,
             generator=self.device_generator,
         )
@@ -283,11 +286,27 @@ def _joint_proposal(candidates: list[Candidate], defensive_fraction: float) -> M
     )
 
 
+@torch.no_grad()
+def _stack(
+    candidates: list[Candidate], shares: list[float], proposal: MixtureProposal, generator: torch.Generator
+) -> StackedDensity:
+    """Mix the ensembles of the candidates; with one there is nothing to normalise apart."""
+    ensembles = [candidate.model for candidate in candidates]
+    log_shares = torch.tensor(shares, dtype=torch.float64).log()
+    if len(ensembles) > 1:
+        # Common draws: their noise mostly cancels between the ensembles, and the final log Z covers the rest.
+        pool = draw_pool(proposal, _STACKING_DRAWS, generator)
+        normalizers = [estimate_log_normalizer(log_weight(e.pooled_log_density, pool)).value for e in ensembles]
+        log_shares = log_shares - torch.tensor(normalizers, dtype=torch.float64)
+    return StackedDensity(ensembles, log_shares)
+
+
 def _to_float64(candidates: list[Candidate]) -> list[Candidate]:
     """Return candidates whose modules are float64 on the CPU and no longer train."""
     kept = []
     for candidate in candidates:
         both = copy.deepcopy(nn.ModuleList([candidate.model, candidate.flow]))
         model, flow = both.to("cpu", torch.float64).eval().requires_grad_(False)
-        kept.append(candidate._replace(model=model, flow=flow, result=candidate.result._replace(model=model, flow=flow)))
+        result = candidate.result._replace(model=model, flow=flow)
+        kept.append(candidate._replace(model=model, flow=flow, result=result))
     return kept

@@ -88,8 +88,12 @@ def mala_step(
 
 
 def imh_step(state: GlobalState, proposal: GlobalState, *, generator: torch.Generator) -> tuple[GlobalState, Info]:
-    """Move each chain by one independence Metropolis-Hastings step to its own independent proposal."""
-    is_accepted, info = _metropolis(proposal.log_weight - state.log_weight, generator)
+    """Move each chain by one independence Metropolis-Hastings step to its own independent proposal.
+
+    A chain where the target is zero accepts any proposal where it is not; a non-finite proposal is rejected.
+    """
+    log_weight = torch.where(proposal.log_weight.isfinite(), proposal.log_weight, -math.inf)
+    is_accepted, info = _metropolis(log_weight - state.log_weight, generator)
     return GlobalState(
         torch.where(is_accepted.unsqueeze(-1), proposal.position, state.position),
         torch.where(is_accepted, proposal.log_weight, state.log_weight),
@@ -116,11 +120,12 @@ def isir_step(state: GlobalState, proposals: GlobalState, *, generator: torch.Ge
     of particle Gibbs samplers", Bernoulli 24(2), 2018.
     """
     log_weight = torch.cat([state.log_weight.unsqueeze(-1), proposals.log_weight], dim=-1)
-    log_weight = log_weight.nan_to_num(nan=-math.inf, posinf=-math.inf)
+    log_weight = torch.where(log_weight.isfinite(), log_weight, -math.inf)
     position = torch.cat([state.position.unsqueeze(-2), proposals.position], dim=-2)
     # A chain that sits where every weight is zero stays where it is.
-    log_weight[..., 0] = torch.where(log_weight.isneginf().all(-1), 0.0, log_weight[..., 0])
-    probability = log_weight.softmax(-1)
+    competing = log_weight.clone()
+    competing[..., 0] = torch.where(log_weight.isneginf().all(-1), 0.0, log_weight[..., 0])
+    probability = competing.softmax(-1)
     flat = probability.reshape(-1, probability.shape[-1])
     index = torch.multinomial(flat, 1, generator=generator).reshape(log_weight.shape[:-1])
     chosen = index.unsqueeze(-1)

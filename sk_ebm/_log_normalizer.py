@@ -15,9 +15,11 @@ class LogNormalizer(NamedTuple):
 
 
 def effective_sample_size(log_weight: torch.Tensor) -> torch.Tensor:
-    """Return (sum w)^2 / (n sum w^2) along the last dimension, a fraction in (0, 1]."""
-    log_n = math.log(log_weight.shape[-1])
-    return torch.exp(2 * log_weight.logsumexp(-1) - (2 * log_weight).logsumexp(-1) - log_n)
+    """Return (sum w)^2 / (n sum w^2) along the last dimension, a fraction in (0, 1]; 0 if no weight is positive."""
+    # In float64 and with the largest weight at one: the two sums nearly cancel.
+    weight = (log_weight - log_weight.amax(-1, keepdim=True)).double().exp()
+    fraction = weight.sum(-1).square() / (weight.shape[-1] * weight.square().sum(-1))
+    return fraction.nan_to_num(nan=0.0).clamp(max=1.0)
 
 
 def estimate_log_normalizer(log_weight: torch.Tensor) -> LogNormalizer:
@@ -35,7 +37,7 @@ def estimate_log_normalizer(log_weight: torch.Tensor) -> LogNormalizer:
     """
     n = log_weight.shape[-1]
     fraction = float(effective_sample_size(log_weight))
-    value = float(log_weight.logsumexp(-1)) - math.log(n)
+    value = float(log_weight.double().logsumexp(-1)) - math.log(n)
     # var(mean w) / (mean w)^2 = (1 / ESS fraction - 1) / (n - 1)
-    std_error = math.sqrt(max(1 / fraction - 1, 0.0) / max(n - 1, 1)) if fraction > 0 else math.inf
+    std_error = math.sqrt(max(1 / fraction - 1, 0.0) / (n - 1)) if fraction > 0 and n > 1 else math.inf
     return LogNormalizer(value, std_error, fraction)

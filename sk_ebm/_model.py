@@ -1,6 +1,7 @@
-"""The model: energies that tilt base densities, and their pool. The one file where the sign of the energy flips."""
+"""The model: energies that tilt base densities. The one file where the sign of the energy flips."""
 
 import copy
+import math
 from collections.abc import Sequence
 
 import torch
@@ -8,40 +9,35 @@ from torch import nn
 
 
 class TiltedEnsemble(nn.Module):
-    """J energy-based densities and their renormalised weighted geometric mean.
+    """K energy-based densities on one kind of base, and their pool.
 
-    Member j is ``log p_j(z) = -E_j(z) + log q0_j(z) - log Z_j``; the pooled density is
-    ``log p(z) = sum_j a_j [-E_j(z) + log q0_j(z)] - log Z`` with weights a_j >= 0 that sum to one,
-    again an energy-based density.
+    Member k is ``log p_k(z) = -E_k(z) + log q0_k(z) - log Z_k``. The pool averages the energies and mixes the
+    bases, ``log p(z) = -mean_k E_k(z) + log mean_k q0_k(z) - log Z``: again an energy-based density. Averaging
+    energies cancels their errors; averaging log q0_k instead of mixing would thin out modes where bases differ.
 
     Every energy sees z pulled into a ball, so it is bounded and the model integrates on any base,
     however heavy its tails.
 
     Parameters
     ----------
-    bases : sequence of J modules
-        Normalised base densities q0_j with ``log_prob`` and ``sample``; never trained here.
-    energies : sequence of J modules
+    bases : sequence of K modules
+        Normalised base densities q0_k with ``log_prob`` and ``sample``; never trained here.
+    energies : sequence of K modules
         Networks (n, d) -> (n,).
-    weights : tensor of shape (J,), optional
-        Pooling weights a_j; equal by default.
     """
 
-    def __init__(
-        self, bases: Sequence[nn.Module], energies: Sequence[nn.Module], weights: torch.Tensor | None = None
-    ) -> None:
+    def __init__(self, bases: Sequence[nn.Module], energies: Sequence[nn.Module]) -> None:
         super().__init__()
         self.bases = nn.ModuleList(bases).requires_grad_(False)
         self.energies = nn.ModuleList(energies)
-        self.register_buffer("weights", torch.full((len(energies),), 1 / len(energies)) if weights is None else weights)
 
     def __len__(self) -> int:
         return len(self.energies)
 
     def energy(self, z: torch.Tensor) -> torch.Tensor:
-        """Return every member's energy at shared rows z (n, d), or at its own rows z (J, m, d).
+        """Return every member's energy at shared rows z (n, d), or at its own rows z (K, m, d).
 
-        The result has shape (J, n) or (J, m).
+        The result has shape (K, n) or (K, m).
         """
         inside = _into_ball(z)
         rows = [inside] * len(self) if z.ndim == 2 else inside
@@ -58,21 +54,36 @@ class TiltedEnsemble(nn.Module):
 
     def pooled_log_density(self, z: torch.Tensor) -> torch.Tensor:
         """Return the pooled log density (nats), unnormalised, at rows z (n, d); shape (n,)."""
-        return self.weights @ self.log_density(z)
+        log_base = self.base_log_prob(z).logsumexp(0) - math.log(len(self))
+        return log_base - self.energy(z).mean(0)
 
     def frozen_copy(self) -> "TiltedEnsemble":
         """Return a copy, on the same bases, whose energies no longer train."""
-        energies = [copy.deepcopy(energy).requires_grad_(False) for energy in self.energies]
-        return TiltedEnsemble(list(self.bases), energies, self.weights)
+        return TiltedEnsemble(
+            list(self.bases), [copy.deepcopy(energy).requires_grad_(False) for energy in self.energies]
+        )
 
 
-def pool_ensembles(ensembles: Sequence[TiltedEnsemble], shares: Sequence[float]) -> TiltedEnsemble:
-    """Join ensembles into one, whose members carry their ensemble's share of the pooling weight."""
-    return TiltedEnsemble(
-        [base for ensemble in ensembles for base in ensemble.bases],
-        [energy for ensemble in ensembles for energy in ensemble.energies],
-        torch.cat([share * ensemble.weights for share, ensemble in zip(shares, ensembles, strict=True)]),
-    )
+class StackedDensity(nn.Module):
+    """Mixture of pooled ensembles, ``log p(z) = log sum_c exp(s_c) p_c(z) - log Z`` with p_c unnormalised.
+
+    Parameters
+    ----------
+    ensembles : sequence of C modules
+        Ensembles, each on its own kind of base.
+    log_shares : tensor of shape (C,)
+        s_c, the log share of each ensemble less its own log normalizer (nats).
+    """
+
+    def __init__(self, ensembles: Sequence[TiltedEnsemble], log_shares: torch.Tensor) -> None:
+        super().__init__()
+        self.ensembles = nn.ModuleList(ensembles)
+        self.register_buffer("log_shares", log_shares)
+
+    def log_density(self, z: torch.Tensor) -> torch.Tensor:
+        """Return the unnormalised log density (nats) at rows z (n, d); shape (n,)."""
+        pooled = torch.stack([ensemble.pooled_log_density(z) for ensemble in self.ensembles])
+        return (self.log_shares.unsqueeze(-1) + pooled).logsumexp(0)
 
 
 def _into_ball(z: torch.Tensor) -> torch.Tensor:

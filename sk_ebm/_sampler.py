@@ -12,6 +12,8 @@ from sk_ebm._kernels import GlobalState, Info, LogDensityAndGrad, imh_step, init
 from sk_ebm._log_normalizer import effective_sample_size
 from sk_ebm._model import TiltedEnsemble
 
+LogDensity = Callable[[torch.Tensor], torch.Tensor]
+
 TARGET_ACCEPTANCE = 0.6
 _SAMPLE_CHUNK = 8192
 _POOL_PER_DRAW = 4
@@ -73,18 +75,35 @@ class SamplerReport(NamedTuple):
 
 @torch.no_grad()
 def draw_pool(proposal: MixtureProposal, n_samples: int, generator: torch.Generator) -> Pool:
-    """Draw a pool of `n_samples` proposals, leaving out any that overflowed."""
+    """Draw a pool of `n_samples` proposals; one that overflowed gets weight zero."""
     position = proposal.sample(n_samples, generator)
+    is_finite = position.isfinite().all(-1)
+    position = torch.where(is_finite.unsqueeze(-1), position, 0.0)
     log_proposal = proposal.log_prob(position)
-    is_finite = log_proposal.isfinite() & position.isfinite().all(-1)
-    return Pool(position[is_finite], log_proposal[is_finite])
+    return Pool(position, torch.where(is_finite & log_proposal.isfinite(), log_proposal, math.inf))
 
 
 @torch.no_grad()
 def pool_log_weight(model: TiltedEnsemble, pool: Pool) -> torch.Tensor:
-    """Return every member's log importance weights of the pool, shape (K, n); a NaN counts as weight zero."""
-    log_weight = model.log_density(pool.position) - pool.log_proposal
-    return log_weight.nan_to_num(nan=-math.inf, posinf=-math.inf)
+    """Return every member's log importance weights of the pool, shape (K, n)."""
+    return _finite_or_zero_weight(model.log_density(pool.position) - pool.log_proposal)
+
+
+@torch.no_grad()
+def log_weight(log_density: LogDensity, pool: Pool) -> torch.Tensor:
+    """Return the log importance weights of the pool for one density, shape (n,)."""
+    return _finite_or_zero_weight(log_density(pool.position) - pool.log_proposal)
+
+
+def _finite_or_zero_weight(weight: torch.Tensor) -> torch.Tensor:
+    """Count a log weight that is no number as weight zero."""
+    return torch.where(weight.isfinite(), weight, -math.inf)
+
+
+def _probability(weight: torch.Tensor) -> torch.Tensor:
+    """Normalise log weights along the last dimension; where all are zero, every draw is as good."""
+    is_hopeless = weight.isneginf().all(-1, keepdim=True)
+    return torch.where(is_hopeless, 0.0, weight).softmax(-1)
 
 
 class Chains:
@@ -129,13 +148,11 @@ class Chains:
         log_proposal = proposal.log_prob(self.position.reshape(-1, d)).reshape(n_members, n_chains)
         state = GlobalState(self.position, model.log_density(self.position) - log_proposal)
         n_candidates = max(1, len(pool.position) // n_chains)
-        log_weight = pool_log_weight(model, pool)
+        pool_weight = pool_log_weight(model, pool)
         # Every member deals the pool out to its chains in its own random order.
         order = torch.rand(n_members, len(pool.position), generator=generator, device=pool.position.device).argsort(-1)
         index = order[:, : n_chains * n_candidates].reshape(n_members, n_chains, n_candidates)
-        candidates = GlobalState(
-            pool.position[index], log_weight.gather(-1, index.flatten(1)).reshape(index.shape)
-        )
+        candidates = GlobalState(pool.position[index], pool_weight.gather(-1, index.flatten(1)).reshape(index.shape))
         if self.global_kernel == "isir":
             state, info = isir_step(state, candidates, generator=generator)
         else:
@@ -157,7 +174,7 @@ class Chains:
         return infos
 
 
-def differentiable(log_density: Callable[[torch.Tensor], torch.Tensor]) -> LogDensityAndGrad:
+def differentiable(log_density: LogDensity) -> LogDensityAndGrad:
     """Return a function that gives the log density of each position together with its gradient."""
 
     def log_density_and_grad(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -173,29 +190,29 @@ def differentiable(log_density: Callable[[torch.Tensor], torch.Tensor]) -> LogDe
 @torch.no_grad()
 def start_chains(model: TiltedEnsemble, pool: Pool, n_chains: int, generator: torch.Generator) -> torch.Tensor:
     """Draw starting positions of every member's chains from the pool by weight, shape (K, n_chains, d)."""
-    probability = pool_log_weight(model, pool).softmax(-1)
+    probability = _probability(pool_log_weight(model, pool))
     index = torch.multinomial(probability, n_chains, replacement=True, generator=generator)
     return pool.position[index]
 
 
 @torch.no_grad()
-def draw_from_model(
-    model: TiltedEnsemble, proposal: MixtureProposal, n_samples: int, generator: torch.Generator
+def draw_from_density(
+    log_density: LogDensity, proposal: MixtureProposal, n_samples: int, generator: torch.Generator
 ) -> torch.Tensor:
-    """Draw rows from the pooled density: resample a larger pool by weight, then move every draw locally."""
+    """Draw rows from a density: resample a larger pool of proposals by weight, then move every draw locally."""
     draws = []
     for start in range(0, n_samples, _SAMPLE_CHUNK):
         n = min(_SAMPLE_CHUNK, n_samples - start)
         pool = draw_pool(proposal, max(_MIN_POOL, _POOL_PER_DRAW * n), generator)
-        log_weight = (model.pooled_log_density(pool.position) - pool.log_proposal).nan_to_num(nan=-math.inf)
-        index = torch.multinomial(log_weight.softmax(-1), n, replacement=True, generator=generator)
-        draws.append(_separate(model, pool.position[index], generator))
+        probability = _probability(log_weight(log_density, pool))
+        index = torch.multinomial(probability, n, replacement=True, generator=generator)
+        draws.append(_separate(log_density, pool.position[index], generator))
     return torch.cat(draws)
 
 
-def _separate(model: TiltedEnsemble, position: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def _separate(log_density: LogDensity, position: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Move draws by MALA, so that those resampled from the same proposal part."""
-    target = differentiable(model.pooled_log_density)
+    target = differentiable(log_density)
     state = init_local(position, target)
     # Step sizes on a ladder, shared by all draws: one of them suits the narrowest direction of the density.
     for step_size in _SEPARATION_STEPS:

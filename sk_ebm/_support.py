@@ -9,6 +9,7 @@ _MAX_COMPONENTS = 6
 _MAX_ITER = 200
 # Narrowest component of a marginal mixture, in standard deviations of the feature: keeps ties from becoming spikes.
 _MIN_SCALE = 0.03
+_WIDE_SCALE = 2.0
 _N_BISECTIONS = 50
 
 
@@ -148,7 +149,20 @@ def fit_marginal_map(s: torch.Tensor, weight: torch.Tensor) -> MarginalMap:
         for kept, new, unused in zip(best, fitted, (0.0, 0.0, 1.0), strict=True):
             padded = nn.functional.pad(new, (0, _MAX_COMPONENTS - n_components), value=unused)
             kept[is_better] = padded[is_better]
-    return MarginalMap(*best)
+    return MarginalMap(*_with_wide_component(*best, n_samples=float(weight.sum())))
+
+
+def _with_wide_component(
+    proportions: torch.Tensor, means: torch.Tensor, scales: torch.Tensor, *, n_samples: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Add one wide component of the mass of one row, so that the map is nowhere flat, not even between modes."""
+    share = 1 / (n_samples + 1)
+    column = torch.ones_like(means[:, :1])
+    return (
+        torch.cat([(1 - share) * proportions, share * column], dim=-1),
+        torch.cat([means, 0 * column], dim=-1),
+        torch.cat([scales, _WIDE_SCALE * column], dim=-1),
+    )
 
 
 def _fit_margins(
@@ -156,11 +170,14 @@ def _fit_margins(
 ) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
     """Run EM on all features at once; return (proportions, means, scales) and the log-likelihoods (d,)."""
     n_features = s.shape[1]
-    # Start from equal-mass slices of the sorted feature.
-    cumulative = weight[order].cumsum(0)
-    slices = (cumulative / cumulative[-1] * n_components).ceil().clamp(1, n_components).long() - 1
-    labels = torch.empty_like(slices).scatter_(0, order, slices)
-    responsibility = nn.functional.one_hot(labels, n_components).to(s.dtype)
+    # Start from equal-mass slices of the sorted feature; a row across a border is shared, so that a weight
+    # does what repetition does.
+    ordered = weight[order].unsqueeze(-1)
+    stop = ordered.cumsum(0)
+    edges = stop[-1] * torch.arange(n_components + 1, dtype=s.dtype, device=s.device) / n_components
+    overlap = (torch.minimum(stop, edges[:, 1:]) - torch.maximum(stop - ordered, edges[:, :-1])).clamp(min=0)
+    share = torch.where(ordered > 0, overlap / ordered, 0.0)
+    responsibility = torch.empty_like(share).scatter_(0, order.unsqueeze(-1).expand_as(share), share)
     previous = torch.full((n_features,), -math.inf, dtype=s.dtype, device=s.device)
     for _ in range(_MAX_ITER):
         mass = weight.reshape(-1, 1, 1) * responsibility

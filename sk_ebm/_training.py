@@ -31,7 +31,8 @@ _FLOW_LEARNING_RATE = 2e-3
 _DATA_SHARE_OF_FLOW_BATCH = 0.25
 _WEIGHT_AVERAGE_DECAY = 0.99
 _MAX_GRAD_NORM = 5.0
-_MAX_ROUNDS_AT_GATE = 30
+_ROUNDS_BEFORE_BACKING_OFF = 4
+_MAX_ROUNDS_AT_GATE = 20
 
 
 class Outcome(enum.Enum):
@@ -60,6 +61,7 @@ class TrainSettings:
     steps_per_iter: int = 16
     n_flow_steps: int = 2
     pool_size: int = 1024
+    n_negative: int = 256
     validate_every: int = 5
     defensive_fraction: float = 0.3
     min_effective_sample_size: float = 0.02
@@ -144,6 +146,8 @@ def train(
             state.energy_steps(iteration)
         else:
             rounds_at_gate += 1
+            if rounds_at_gate % _ROUNDS_BEFORE_BACKING_OFF == 0:
+                state.back_off(monitor.best[0])
         state.flow_steps()
         if iteration % settings.validate_every == 0 or iteration == settings.max_iter:
             check = state.validate(iteration)
@@ -194,6 +198,7 @@ class _TrainState:
             n_local_steps=settings.n_local_steps,
         )
         self.n_energy_steps = 0
+        self.learning_rate = settings.learning_rate
         self.reports: list[torch.Tensor] = []
 
     def propose(self) -> Pool:
@@ -207,21 +212,19 @@ class _TrainState:
 
     def energy_steps(self, iteration: int) -> None:
         """Take likelihood-gradient steps against the chains, reweighted for how far the energy has moved since."""
-        position = self.chains.position
         with torch.no_grad():
-            energy_at_move = self.model.energy(position)
+            energy_at_move = self.model.energy(self.chains.position)
+        n_data = self.settings.batch_size
         for _ in range(self.settings.steps_per_iter):
             self._set_learning_rate()
-            rows = torch.randint(
-                len(self.data.rows), (self.settings.batch_size,), generator=self.generator, device=self.data.rows.device
-            )
+            rows = self._random_rows(len(self.data.rows), n_data)
+            chains = self._random_rows(self.chains.position.shape[1], self.settings.n_negative)
             weight = self.train_weight[:, rows]
-            n_data = len(rows)
-            batch = torch.cat([self.data.rows[rows].expand(len(self.model), -1, -1), position], dim=1)
-            energy = self.model.energy(batch)
+            positive = self.data.rows[rows].expand(len(self.model), -1, -1)
+            energy = self.model.energy(torch.cat([positive, self.chains.position[:, chains]], dim=1))
             positive_phase = (weight * energy[:, :n_data]).sum(-1) / weight.sum(-1).clamp(min=1e-12)
             energy_of_chains = energy[:, n_data:]
-            drift_weight = (energy_at_move - energy_of_chains.detach()).softmax(-1)
+            drift_weight = (energy_at_move[:, chains] - energy_of_chains.detach()).softmax(-1)
             negative_phase = (drift_weight * energy_of_chains).sum(-1)
             loss = (positive_phase - negative_phase).sum()
             self.energy_optimizer.zero_grad(set_to_none=True)
@@ -229,6 +232,16 @@ class _TrainState:
             nn.utils.clip_grad_norm_(self.energy_parameters, _MAX_GRAD_NORM)
             self.energy_optimizer.step()
             self._update_average()
+
+    def _random_rows(self, n_rows: int, n_picked: int) -> torch.Tensor:
+        return torch.randint(n_rows, (n_picked,), generator=self.generator, device=self.data.rows.device)
+
+    def back_off(self, best: TiltedEnsemble) -> None:
+        """Return to the best energies at half the learning rate: the energy ran away from its sampler."""
+        for target in (self.model, self.average):
+            target.energies.load_state_dict(best.energies.state_dict())
+        self.energy_optimizer.state.clear()
+        self.learning_rate /= 2
 
     def flow_steps(self) -> None:
         """Fit the flow to the chains by forward KL, with some data rows so that it forgets no mode."""
@@ -255,7 +268,7 @@ class _TrainState:
         """Return held-out and training log-likelihood per row (nats) of the averaged energies."""
         pool = draw_pool(self.proposal, 2 * self.settings.pool_size, self.generator)
         estimates = [estimate_log_normalizer(w) for w in pool_log_weight(self.average, pool)]
-        log_normalizer = torch.tensor([e.value for e in estimates], dtype=self.data.rows.dtype, device=self.data.rows.device)
+        log_normalizer = torch.tensor([e.value for e in estimates]).to(self.data.rows)
         energy = torch.cat([self.average.energy(z) for z in self.data.rows.split(16384)], dim=-1)
         log_prob = self.base_log_prob - energy - log_normalizer.unsqueeze(-1)
         return {
@@ -281,7 +294,7 @@ class _TrainState:
         self.n_energy_steps += 1
         warm_up = min(1.0, self.n_energy_steps / 50)
         progress = min(1.0, self.n_energy_steps / (settings.max_iter * settings.steps_per_iter))
-        rate = settings.learning_rate * warm_up * (0.5 * (1 + math.cos(math.pi * progress)) + 0.01)
+        rate = self.learning_rate * warm_up * (0.5 * (1 + math.cos(math.pi * progress)) + 0.01)
         for group in self.energy_optimizer.param_groups:
             group["lr"] = rate
 
