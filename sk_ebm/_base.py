@@ -8,6 +8,8 @@ import math
 import torch
 from torch import nn
 
+from sk_ebm._types import Density
+
 COVARIANCE_TYPES = ("full", "tied", "diag", "tied_diag", "spherical", "tied_spherical")
 _MAX_ITER = 200
 _TOL = 1e-4
@@ -16,7 +18,7 @@ _TOL = 1e-4
 _PRIOR_COUNT = 1.0
 
 
-class Mixture(nn.Module):
+class Mixture(Density):
     """Mixture of Gaussians with full Cholesky factors; one component is a plain Gaussian.
 
     Parameters
@@ -28,6 +30,11 @@ class Mixture(nn.Module):
     scale_trils : tensor of shape (k, d, d)
         Lower Cholesky factors of the component covariances.
     """
+
+    log_proportions: torch.Tensor
+    means: torch.Tensor
+    scale_trils: torch.Tensor
+    whiteners: torch.Tensor
 
     def __init__(self, log_proportions: torch.Tensor, means: torch.Tensor, scale_trils: torch.Tensor) -> None:
         super().__init__()
@@ -70,7 +77,7 @@ class Mixture(nn.Module):
         return z
 
 
-class StudentT(nn.Module):
+class StudentT(Density):
     """Multivariate Student t density.
 
     Parameters
@@ -82,6 +89,9 @@ class StudentT(nn.Module):
     df : float
         Degrees of freedom.
     """
+
+    mean: torch.Tensor
+    scale_tril: torch.Tensor
 
     def __init__(self, mean: torch.Tensor, scale_tril: torch.Tensor, df: float) -> None:
         super().__init__()
@@ -99,9 +109,10 @@ class StudentT(nn.Module):
 
     def sample(self, n_samples: int, generator: torch.Generator) -> torch.Tensor:
         """Draw `n_samples` rows."""
-        options = {"device": self.mean.device, "dtype": self.mean.dtype}
-        noise = torch.randn(n_samples, len(self.mean), generator=generator, **options)
-        shape = torch.full((n_samples,), self.df / 2, **options)
+        noise = torch.randn(
+            n_samples, len(self.mean), generator=generator, device=self.mean.device, dtype=self.mean.dtype
+        )
+        shape = noise.new_full((n_samples,), self.df / 2)
         chi2 = 2 * torch._standard_gamma(shape, generator=generator)
         return self.mean + (noise @ self.scale_tril.T) * (self.df / chi2).sqrt().unsqueeze(-1)
 
@@ -191,7 +202,7 @@ def _fit_student_t_given_df(z: torch.Tensor, weight: torch.Tensor, df: float) ->
     n_features = z.shape[1]
     precision_weight = torch.ones_like(weight)
     total = weight.sum()
-    fit, previous = None, -math.inf
+    previous = -math.inf
     for _ in range(_MAX_ITER):
         mass = weight * precision_weight
         mean = (mass @ z) / mass.sum()

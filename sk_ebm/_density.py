@@ -252,8 +252,8 @@ class EBMFlowDensity(DensityMixin, BaseEstimator):
             self._fit(X, sample_weight)
         except BaseException:
             # A failed fit leaves the previous one whole.
-            vars(self).clear()
-            vars(self).update(before)
+            self.__dict__.clear()
+            self.__dict__.update(before)
             raise
         return self
 
@@ -354,10 +354,11 @@ class EBMFlowDensity(DensityMixin, BaseEstimator):
             device=_resolve_device(self.device),
             train=TrainSettings(
                 max_iter=self.max_iter,
-                learning_rate=0.006 * min(1.0, (2 / n_features) ** 0.5) if rate == "auto" else rate,
+                learning_rate=0.006 * min(1.0, (2 / n_features) ** 0.5) if isinstance(rate, str) else rate,
                 weight_decay=self.alpha,
                 batch_size=self.batch_size,
                 n_chains=self.n_chains,
+                pool_size=2 * self.n_chains,
                 global_kernel=self.sampler,
                 n_local_steps=self.n_local_steps,
                 early_stopping=self.early_stopping,
@@ -437,14 +438,15 @@ def _folds(
         raise ValueError(
             "All rows of positive weight are equal (1 sample in effect); a density needs at least two different rows."
         )
-    spread = X.max(0) - X.min(0)
+    with np.errstate(over="ignore", invalid="ignore"):
+        spread, deviation = X.max(0) - X.min(0), X.std(0)
     constant = np.flatnonzero(spread == 0)
     if len(constant):
         raise ValueError(
             f"Feature {', '.join(map(str, constant))} is constant (value {X[0, constant[0]]:g}): it has no finite "
             "density. Drop constant features, for instance with sklearn.feature_selection.VarianceThreshold."
         )
-    if not np.isfinite(spread).all() or (spread**2).min() == 0 or not np.isfinite(X.std(0)).all():
+    if not np.isfinite(deviation).all() or deviation.min() == 0:
         raise ValueError(
             f"Features span from {spread.min():g} to {spread.max():g}, too small or too large for the variance to be "
             "a floating-point number. Rescale them."

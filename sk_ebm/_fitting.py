@@ -1,6 +1,7 @@
 """Fit the whole model: feature map, bases, flow, energies on every candidate base, and their pool."""
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from sk_ebm._selection import (
 from sk_ebm._stacking import stacking_shares
 from sk_ebm._support import FeatureMap, fit_feature_map
 from sk_ebm._training import TrainResult, TrainSettings, fit_flow, train
+from sk_ebm._types import Density
 
 # A base flow is worth its training time only if one flow comes this near (nats) to the best candidate so far.
 _FLOW_WITHIN = 0.1
@@ -41,9 +43,8 @@ _FLOW_STEPS = 300
 _MIN_SHARE = 0.1
 _STACKING_DRAWS = 20_000
 _CHUNK = 8192
-_MIN_DRAWS = 4 * _CHUNK
+_MIN_DRAWS = 2 * _CHUNK
 _MAX_DRAWS = 32 * _CHUNK
-_LOG_NORMALIZER_STD_ERROR = 0.002
 _RNG_LOCK = Lock()
 
 
@@ -54,7 +55,7 @@ class FitSettings:
     base: str
     feature_map: str
     make_energy: Callable[[int], nn.Module]
-    make_flow: Callable[[int], nn.Module]
+    make_flow: Callable[[int], Density]
     device: torch.device
     train: TrainSettings
 
@@ -64,7 +65,7 @@ class Candidate(NamedTuple):
 
     name: str
     model: TiltedEnsemble
-    flow: nn.Module
+    flow: Density
     result: TrainResult
 
 
@@ -113,22 +114,27 @@ def fit_model(
         scores,
         model,
         proposal,
-        estimate_log_normalizer_of(model.log_density, proposal, generator),
+        estimate_log_normalizer_of(model.log_density, proposal, generator, std_error=_worthwhile_std_error(data)),
     )
 
 
 @torch.no_grad()
 def estimate_log_normalizer_of(
-    log_density: LogDensity, proposal: MixtureProposal, generator: torch.Generator
+    log_density: LogDensity, proposal: MixtureProposal, generator: torch.Generator, *, std_error: float
 ) -> LogNormalizer:
-    """Estimate log Z by importance sampling, with as many draws as its standard error asks for."""
+    """Estimate log Z by importance sampling, with as many draws as `std_error` (nats) asks for, up to a limit."""
     log_weights: list[torch.Tensor] = []
     for n_draws in range(_CHUNK, _MAX_DRAWS + 1, _CHUNK):
         log_weights.append(log_weight(log_density, draw_pool(proposal, _CHUNK, generator)))
         estimate = estimate_log_normalizer(torch.cat(log_weights))
-        if n_draws >= _MIN_DRAWS and estimate.std_error < _LOG_NORMALIZER_STD_ERROR:
+        if n_draws >= _MIN_DRAWS and estimate.std_error < std_error:
             break
     return estimate
+
+
+def _worthwhile_std_error(data: Folds) -> float:
+    """Return an error of log Z (nats) that is small against what n rows say about the log-likelihood, 1 / sqrt(n)."""
+    return min(0.01, max(0.001, 0.06 / math.sqrt(len(data.rows))))
 
 
 @contextmanager
@@ -183,11 +189,10 @@ class _Trainer:
         best_gain = max(c.result.held_out_log_likelihood for c in candidates) - bases["gaussian"].score
         return flow_gain > max(best_gain - _FLOW_WITHIN, _MIN_FLOW_GAIN)
 
-    def train(self, name: str, model: TiltedEnsemble, flow: nn.Module) -> Candidate:
+    def train(self, name: str, model: TiltedEnsemble, flow: Density) -> Candidate:
         """Train copies of the model's energies and of the flow."""
-        model, flow = (
-            copy.deepcopy(m).to(self.settings.device, torch.float32).requires_grad_(True) for m in (model, flow)
-        )
+        model = copy.deepcopy(model).to(self.settings.device, torch.float32).requires_grad_(True)
+        flow = copy.deepcopy(flow).to(self.settings.device, torch.float32).requires_grad_(True)
         model.bases.requires_grad_(False)
         result = train(
             model,
@@ -220,19 +225,20 @@ class _Trainer:
         log_density = torch.cat([model.log_density(z) for z in self.data.rows.split(_CHUNK)], dim=-1)
         return log_density - log_normalizer.unsqueeze(-1)
 
-    def _start(self, name: str, bases: list[nn.Module], flow: nn.Module) -> Candidate:
+    def _start(self, name: str, bases: list[Density], flow: Density) -> Candidate:
         with seeded_modules(self.generator):
             energies = [self.settings.make_energy(self.data.rows.shape[1]) for _ in bases]
+        _check_energy(energies[0], self.data.rows[:2].cpu())
         return self.train(name, TiltedEnsemble(bases, energies), flow)
 
-    def _make_flow(self) -> nn.Module:
+    def _make_flow(self) -> Density:
         with seeded_modules(self.generator):
             return self.settings.make_flow(self.data.rows.shape[1]).to(self.settings.device)
 
     def _in_user_units(self, check: dict[str, float]) -> dict[str, float]:
         return {k: v + self.log_det if k.endswith("log_likelihood") else v for k, v in check.items()}
 
-    def _flow_bases(self, flow: nn.Module) -> list[nn.Module]:
+    def _flow_bases(self, flow: Density) -> list[Density]:
         """Fit one flow per member; the flow that proposes is already one that has not seen fold 0."""
         flows = [flow]
         for k in range(1, self.data.n_members):
@@ -240,7 +246,7 @@ class _Trainer:
             self._fit_flow(flows[k], k)
         return flows
 
-    def _fit_flow(self, flow: nn.Module, held_out_fold: int) -> float:
+    def _fit_flow(self, flow: Density, held_out_fold: int) -> float:
         is_held_out = self.data.fold == held_out_fold
         return fit_flow(
             flow,
@@ -277,6 +283,21 @@ def _to_z(data: Folds, feature_map: FeatureMap) -> Folds:
     return data.with_rows(torch.cat([feature_map(x)[0] for x in data.rows.split(_CHUNK)]))
 
 
+@torch.no_grad()
+def _check_energy(energy: nn.Module, z: torch.Tensor) -> None:
+    """Raise if a network of the user's own is not an energy."""
+    if not isinstance(energy, nn.Module):
+        raise TypeError(f"energy must build a torch.nn.Module, got {energy!r}.")
+    value = energy.to("cpu", z.dtype)(z)
+    if value.shape != z.shape[:1]:
+        raise ValueError(
+            f"The energy must map rows of shape (n, {z.shape[1]}) to shape (n,), but for n = {len(z)} it returned "
+            f"shape {tuple(value.shape)}. Try .squeeze(-1) at the end of its forward."
+        )
+    if not value.isfinite().all():
+        raise ValueError(f"The energy must be finite before training, but it returned {value.tolist()}.")
+
+
 def _joint_proposal(candidates: list[Candidate], defensive_fraction: float) -> MixtureProposal:
     """Propose from every candidate's flow and bases."""
     parts = [defensive_proposal(c.flow, list(c.model.bases), defensive_fraction) for c in candidates]
@@ -305,8 +326,9 @@ def _to_float64(candidates: list[Candidate]) -> list[Candidate]:
     """Return candidates whose modules are float64 on the CPU and no longer train."""
     kept = []
     for candidate in candidates:
-        both = copy.deepcopy(nn.ModuleList([candidate.model, candidate.flow]))
-        model, flow = both.to("cpu", torch.float64).eval().requires_grad_(False)
+        model, flow = copy.deepcopy((candidate.model, candidate.flow))
+        for module in (model, flow):
+            module.to("cpu", torch.float64).eval().requires_grad_(False)
         result = candidate.result._replace(model=model, flow=flow)
         kept.append(candidate._replace(model=model, flow=flow, result=result))
     return kept

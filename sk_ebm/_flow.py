@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from normflows.flows import AffineCouplingBlock, CoupledRationalQuadraticSpline, LULinearPermute
@@ -10,13 +11,15 @@ from normflows.nets import MLP
 from normflows.utils.splines import DEFAULT_MIN_DERIVATIVE
 from torch import nn
 
+from sk_ebm._types import Density, ModuleList
+
 _N_BINS = 8
 # Splines act on [-bound, bound] and are the identity outside; data is standardised before it comes here.
 _TAIL_BOUND = 5.0
 _IDENTITY_DERIVATIVE = math.log(math.exp(1 - DEFAULT_MIN_DERIVATIVE) - 1)
 
 
-class CouplingFlow(nn.Module):
+class CouplingFlow(Density):
     """Coupling flow on a standard normal, starting at the identity.
 
     Parameters
@@ -27,10 +30,10 @@ class CouplingFlow(nn.Module):
         Layers of normflows; `inverse` maps data towards noise and `forward` maps noise towards data.
     """
 
-    def __init__(self, n_features: int, layers: Sequence[nn.Module]) -> None:
+    def __init__(self, n_features: int, layers: Sequence[Any]) -> None:
         super().__init__()
         self.n_features = n_features
-        self.layers = nn.ModuleList(layers)
+        self.layers = ModuleList(layers)
 
     def log_prob(self, z: torch.Tensor) -> torch.Tensor:
         """Return the normalised log density (nats) of each row, shape (n,)."""

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from sk_ebm._types import Density, ModuleList
+
 
 class TiltedEnsemble(nn.Module):
     """K energy-based densities on one kind of base, and their pool.
@@ -26,10 +28,10 @@ class TiltedEnsemble(nn.Module):
         Networks (n, d) -> (n,).
     """
 
-    def __init__(self, bases: Sequence[nn.Module], energies: Sequence[nn.Module]) -> None:
+    def __init__(self, bases: Sequence[Density], energies: Sequence[nn.Module]) -> None:
         super().__init__()
-        self.bases = nn.ModuleList(bases).requires_grad_(False)
-        self.energies = nn.ModuleList(energies)
+        self.bases = ModuleList(bases).requires_grad_(False)
+        self.energies = ModuleList(energies)
 
     def __len__(self) -> int:
         return len(self.energies)
@@ -75,9 +77,11 @@ class StackedDensity(nn.Module):
         s_c, the log share of each ensemble less its own log normalizer (nats).
     """
 
+    log_shares: torch.Tensor
+
     def __init__(self, ensembles: Sequence[TiltedEnsemble], log_shares: torch.Tensor) -> None:
         super().__init__()
-        self.ensembles = nn.ModuleList(ensembles)
+        self.ensembles = ModuleList(ensembles)
         self.register_buffer("log_shares", log_shares)
 
     def log_density(self, z: torch.Tensor) -> torch.Tensor:

@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import nn
 
 from sk_ebm._kernels import GlobalState, Info, LogDensityAndGrad, imh_step, init_local, isir_step, mala_step
 from sk_ebm._log_normalizer import effective_sample_size
 from sk_ebm._model import TiltedEnsemble
+from sk_ebm._types import Density, ModuleList
 
 LogDensity = Callable[[torch.Tensor], torch.Tensor]
 
@@ -21,7 +21,7 @@ _MIN_POOL = 2048
 _SEPARATION_STEPS = (0.1, 0.03, 0.01, 0.003)
 
 
-class MixtureProposal(nn.Module):
+class MixtureProposal(Density):
     """Mixture of normalised densities to draw independent proposals from.
 
     Parameters
@@ -32,9 +32,9 @@ class MixtureProposal(nn.Module):
         Their shares, which sum to one.
     """
 
-    def __init__(self, components: Sequence[nn.Module], proportions: Sequence[float]) -> None:
+    def __init__(self, components: Sequence[Density], proportions: Sequence[float]) -> None:
         super().__init__()
-        self.components = nn.ModuleList(components)
+        self.components = ModuleList(components)
         self.proportions = list(proportions)
 
     def sample(self, n_samples: int, generator: torch.Generator) -> torch.Tensor:
@@ -53,7 +53,7 @@ class MixtureProposal(nn.Module):
         return torch.stack(joint).logsumexp(0)
 
 
-def defensive_proposal(flow: nn.Module, bases: Sequence[nn.Module], defensive_fraction: float) -> MixtureProposal:
+def defensive_proposal(flow: Density, bases: Sequence[Density], defensive_fraction: float) -> MixtureProposal:
     """Mix (1 - a) of a flow that proposes well with a of the bases, which keep the weights bounded."""
     shares = [defensive_fraction / len(bases)] * len(bases)
     return MixtureProposal([flow, *bases], [1 - defensive_fraction, *shares])

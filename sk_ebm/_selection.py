@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
-from torch import nn
 
 from sk_ebm._base import COVARIANCE_TYPES, Mixture, fit_gaussian, fit_mixture, fit_student_t
 from sk_ebm._folds import Folds
 from sk_ebm._support import FeatureMap, fit_feature_map
+from sk_ebm._types import Density
 
 _N_COMPONENTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 _MIN_ROWS_PER_COMPONENT = 10
@@ -24,11 +24,11 @@ _SEARCH_FOLDS = 2
 class Bases(NamedTuple):
     """One fitted base per member, and the held-out log-likelihood per row (nats, in z-space)."""
 
-    members: list[nn.Module]
+    members: list[Density]
     score: float
 
 
-def cross_fit(fit: Callable[[torch.Tensor, torch.Tensor], nn.Module], data: Folds) -> Bases:
+def cross_fit(fit: Callable[[torch.Tensor, torch.Tensor], Density], data: Folds) -> Bases:
     """Fit one density per member on the rows it may see, and score each on the rows it may not."""
     members = [fit(data.rows, weight) for weight in data.train_weight()]
     return Bases(members, data.held_out_mean(torch.stack([member.log_prob(data.rows) for member in members])))
@@ -99,7 +99,7 @@ def _score_map_and_gaussian(data: Folds) -> float:
 def _search_mixture(data: Folds, feature_map: FeatureMap, generator: torch.Generator) -> Bases:
     """Choose the size and covariance of a Gaussian mixture by held-out likelihood, then cross-fit it."""
     sample = data.subset(MAX_ROWS)._replace(n_members=min(_SEARCH_FOLDS, data.n_members))
-    best_score, best_settings = -math.inf, None
+    best_score = -math.inf
     # With few features EM is cheap and its likelihood is bumpy in the number of components; with many, neither.
     patience = 5 if data.rows.shape[1] <= 3 else 2
     for frame, covariance_type in _frames(feature_map):

@@ -29,6 +29,13 @@ class FeatureMap(nn.Module):
         the identity, so axis-aligned structure stays axis-aligned.
     """
 
+    shift: torch.Tensor
+    scale: torch.Tensor
+    mean: torch.Tensor
+    whitener: torch.Tensor
+    unwhitener: torch.Tensor
+    log_det: torch.Tensor
+
     def __init__(
         self,
         shift: torch.Tensor,
@@ -73,6 +80,10 @@ class MarginalMap(nn.Module):
     proportions, means, scales : tensor of shape (d, k)
         Mixture of each feature; unused components have proportion 0.
     """
+
+    log_proportions: torch.Tensor
+    means: torch.Tensor
+    scales: torch.Tensor
 
     def __init__(self, proportions: torch.Tensor, means: torch.Tensor, scales: torch.Tensor) -> None:
         super().__init__()

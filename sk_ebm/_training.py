@@ -23,6 +23,7 @@ from sk_ebm._sampler import (
     pool_log_weight,
     start_chains,
 )
+from sk_ebm._types import Density
 
 _FLOW_FIT_LEARNING_RATE = 5e-3
 _FLOW_CHECK_EVERY = 25
@@ -53,6 +54,7 @@ class TrainSettings:
     weight_decay: float
     batch_size: int
     n_chains: int
+    pool_size: int
     global_kernel: str
     n_local_steps: int
     early_stopping: bool
@@ -60,7 +62,6 @@ class TrainSettings:
     tol: float
     steps_per_iter: int = 16
     n_flow_steps: int = 2
-    pool_size: int = 1024
     n_negative: int = 256
     validate_every: int = 5
     defensive_fraction: float = 0.3
@@ -71,7 +72,7 @@ class TrainResult(NamedTuple):
     """What training leaves behind: everything else was scratch."""
 
     model: TiltedEnsemble
-    flow: nn.Module
+    flow: Density
     history: list[dict[str, float]]
     n_iter: int
     outcome: Outcome
@@ -109,7 +110,7 @@ class Monitor:
 
 def train(
     model: TiltedEnsemble,
-    flow: nn.Module,
+    flow: Density,
     data: Folds,
     settings: TrainSettings,
     generator: torch.Generator,
@@ -121,7 +122,7 @@ def train(
     ----------
     model : TiltedEnsemble
         Energies to train on their bases.
-    flow : nn.Module
+    flow : Density
         Proposal, already fitted to the data.
     data : Folds
         Rows, weights and folds.
@@ -174,7 +175,7 @@ class _TrainState:
     def __init__(
         self,
         model: TiltedEnsemble,
-        flow: nn.Module,
+        flow: Density,
         data: Folds,
         settings: TrainSettings,
         generator: torch.Generator,
@@ -280,7 +281,7 @@ class _TrainState:
             "effective_sample_size": sum(e.effective_sample_size for e in estimates) / len(estimates),
         }
 
-    def snapshot(self) -> tuple[TiltedEnsemble, nn.Module]:
+    def snapshot(self) -> tuple[TiltedEnsemble, Density]:
         """Return copies of the averaged energies and the flow."""
         return self.average.frozen_copy(), copy.deepcopy(self.flow).requires_grad_(False)
 
@@ -301,12 +302,12 @@ class _TrainState:
     @torch.no_grad()
     def _update_average(self) -> None:
         decay = min(_WEIGHT_AVERAGE_DECAY, self.n_energy_steps / (self.n_energy_steps + 10))
-        average = list(self.average.energies.parameters())
+        average: list[torch.Tensor] = list(self.average.energies.parameters())
         torch._foreach_lerp_(average, list(self.model.energies.parameters()), 1 - decay)
 
 
 def fit_flow(
-    flow: nn.Module,
+    flow: Density,
     z: torch.Tensor,
     weight: torch.Tensor,
     held_out_weight: torch.Tensor,

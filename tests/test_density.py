@@ -1,0 +1,357 @@
+"""EBMFlowDensity as a density: normalised, in the user's units, weighted, reproducible, and clear about bad input."""
+
+import random
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_iris
+from torch import nn
+
+from sk_ebm import EBMFlowDensity, LowEffectiveSampleSizeWarning, TrainingWarning
+
+QUICK = {
+    "base": "gaussian",
+    "max_iter": 6,
+    "n_estimators": 2,
+    "n_chains": 64,
+    "hidden_layer_sizes": (16, 16),
+    "random_state": 0,
+}
+ATTRIBUTES = """log_normalizer_ log_normalizer_std_error_ effective_sample_size_ acceptance_rate_ history_ n_iter_
+    converged_ base_ outcome_""".split()
+
+
+def quick(**parameters):
+    """Estimator that runs all the machinery in about a second."""
+    return EBMFlowDensity(**{**QUICK, **parameters})
+
+
+def two_clusters(n_samples, n_features, seed=0):
+    """Rows of two clusters of unequal size, neither centred nor scaled."""
+    rng = np.random.default_rng(seed)
+    center = np.where(rng.random((n_samples, 1)) < 0.7, 0.0, 4.0)
+    return 10.0 + 2.0 * (center + rng.normal(size=(n_samples, n_features)))
+
+
+def integral(model, low, high, n_features):
+    """Integrate the density over a cube by the midpoint rule."""
+    n = 4000 if n_features == 1 else 300
+    step = (high - low) / n
+    axis = low + step * (np.arange(n) + 0.5)
+    grid = np.stack(np.meshgrid(*[axis] * n_features), axis=-1).reshape(-1, n_features)
+    return np.exp(model.score_samples(grid)).sum() * step**n_features
+
+
+@pytest.mark.parametrize("n_features", [1, 2])
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"base": "gaussian"},
+        {"base": "student_t"},
+        {"base": "mixture"},
+        {"base": "flow"},
+        {"base": "auto"},
+        {"feature_map": "marginal"},
+        {"flow": "affine", "sampler": "imh"},
+        {"n_estimators": 1, "n_local_steps": 0},
+    ],
+    ids=str,
+)
+def test_integrates_to_one(n_features, parameters):
+    model = quick(**parameters).fit(two_clusters(150, n_features))
+    half_width = 400 if parameters.get("base") == "student_t" and n_features == 1 else 60
+    assert integral(model, 15 - half_width, 15 + half_width, n_features) == pytest.approx(1, abs=0.015)
+
+
+def test_learns_more_than_its_base():
+    rng = np.random.default_rng(0)
+    angle = rng.uniform(0, 2 * np.pi, 500)
+    ring = np.c_[np.cos(angle), np.sin(angle)] * 3 + 0.2 * rng.normal(size=(500, 2))
+    model = EBMFlowDensity(base="gaussian", n_estimators=2, max_iter=40, random_state=0).fit(ring[:400])
+    untrained = quick(max_iter=1).fit(ring[:400])
+    assert model.score(ring[400:]) > untrained.score(ring[400:]) + 0.3 * 100
+    assert model.score_samples([[0.0, 0.0]]) < model.score_samples([[3.0, 0.0]]) - 2
+
+
+def test_draws_follow_the_density():
+    model = quick(base="mixture").fit(two_clusters(400, 2))
+    draws = model.sample(4000, random_state=0)
+    # The mean of log p over draws of p is minus the entropy; the grid gives the same number.
+    axis = np.linspace(-5, 40, 400)
+    grid = np.stack(np.meshgrid(axis, axis), axis=-1).reshape(-1, 2)
+    log_p = model.score_samples(grid)
+    p = np.exp(log_p)
+    p /= p.sum()
+    scores = model.score_samples(draws)
+    assert scores.mean() == pytest.approx((p * log_p).sum(), abs=5 * scores.std() / np.sqrt(4000) + 0.01)
+    np.testing.assert_allclose(draws.mean(0), p @ grid, atol=0.35)
+    assert len(np.unique(draws, axis=0)) > 0.95 * len(draws)
+
+
+def test_scores_are_in_the_units_of_the_user():
+    X = two_clusters(150, 2)
+    scale = np.array([1e-6, 1e6])
+    plain, scaled = quick().fit(X), quick().fit(X * scale - 7e-6)
+    expected = plain.score_samples(X) - np.log(scale).sum()
+    np.testing.assert_allclose(scaled.score_samples(X * scale - 7e-6), expected, atol=0.02)
+
+
+def test_fitted_attributes_are_there_and_sensible():
+    model = quick(base="auto").fit(two_clusters(120, 2))
+    assert all(hasattr(model, name) for name in ATTRIBUTES)
+    assert 0 < model.effective_sample_size_ <= 1
+    assert 0 <= model.log_normalizer_std_error_ < 0.1
+    assert set(model.acceptance_rate_) == {"local", "flow"}
+    assert all(0 < rate <= 1 for rate in model.acceptance_rate_.values())
+    assert model.base_["name"] in model.base_["shares"]
+    assert sum(model.base_["shares"].values()) == pytest.approx(1)
+    assert {"base", "iteration", "seconds", "train_log_likelihood", "validation_log_likelihood"} <= set(
+        model.history_[0]
+    )
+
+
+def test_weight_two_is_the_row_twice_and_weight_zero_is_no_row():
+    X = two_clusters(60, 2)
+    weight = np.ones(60)
+    weight[:10], weight[50:] = 2.0, 0.0
+    weighted = quick(base="auto").fit(X, sample_weight=weight)
+    repeated = quick(base="auto").fit(np.r_[X[:50], X[:10]])
+    np.testing.assert_allclose(weighted.score_samples(X), repeated.score_samples(X), atol=1e-6)
+
+
+def test_weights_move_mass():
+    X = two_clusters(300, 1)
+    is_right = X[:, 0] > 14
+    heavy = quick(base="mixture").fit(X, sample_weight=np.where(is_right, 20.0, 1.0))
+    plain = quick(base="mixture").fit(X)
+    assert np.mean(heavy.sample(2000, random_state=0) > 14) > np.mean(plain.sample(2000, random_state=0) > 14) + 0.3
+
+
+def test_heavy_tails_choose_a_heavy_tailed_base():
+    X = np.random.default_rng(0).standard_t(2, size=(400, 2)) * 3
+    model = EBMFlowDensity(max_iter=10, n_estimators=2, n_chains=64, random_state=0).fit(X)
+    assert model.base_["shares"]["gaussian"] < 0.3
+    assert np.isfinite(model.score_samples(X * 1e6)).all()
+
+
+def test_skewed_margins_choose_normal_scores():
+    X = np.random.default_rng(0).lognormal(sigma=1.2, size=(400, 4))
+    model = EBMFlowDensity(max_iter=4, n_estimators=2, n_chains=64, random_state=0).fit(X)
+    assert model.feature_map_.margins is not None
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (2, 3), (5, 2), (20, 5), (15, 30), (40, 100)])
+@pytest.mark.filterwarnings("ignore::sk_ebm.LowEffectiveSampleSizeWarning")
+def test_few_rows_give_finite_scores(shape):
+    X = np.random.default_rng(0).normal(size=shape)
+    model = quick(base="auto", max_iter=2).fit(X)
+    assert np.isfinite(model.score_samples(X)).all()
+    assert np.isfinite(model.sample(5, random_state=0)).all()
+
+
+def test_real_data_beats_a_gaussian():
+    X = load_iris().data
+    train, test = X[::2], X[1::2]
+    covariance = np.cov(train.T)
+    centred = test - train.mean(0)
+    gaussian = (
+        -0.5 * np.sum(centred @ np.linalg.inv(covariance) * centred, 1)
+        - 0.5 * np.linalg.slogdet(2 * np.pi * covariance)[1]
+    )
+    model = EBMFlowDensity(max_iter=10, n_chains=64, random_state=0).fit(train)
+    assert model.score(test) > gaussian.sum()
+
+
+BAD_INPUT = {
+    "nan": (lambda X: np.where(X == X[0, 0], np.nan, X), {}, ValueError, "NaN"),
+    "one dimension": (lambda X: X[:, 0], {}, ValueError, "Expected 2D array"),
+    "one row": (lambda X: X[:1], {}, ValueError, "1 sample"),
+    "equal rows": (lambda X: np.repeat(X[:1], 5, 0), {}, ValueError, "two different rows"),
+    "constant feature": (lambda X: np.c_[X, np.full(len(X), 3.5)], {}, ValueError, r"Feature 2 is constant.*3\.5"),
+    "text": (lambda X: X.astype(str).astype(object) + "a", {}, ValueError, "could not convert"),
+    "complex": (lambda X: X + 1j, {}, ValueError, "[Cc]omplex"),
+    "too large": (lambda X: X * 1e300, {}, ValueError, "[Rr]escale"),
+    "negative weight": (lambda X: X, {"sample_weight": -np.ones(30)}, ValueError, "[Nn]egative"),
+    "zero weight": (lambda X: X, {"sample_weight": np.zeros(30)}, ValueError, "zero for every row|all zero"),
+    "weight of one row": (lambda X: X, {"sample_weight": np.eye(30)[0]}, ValueError, "two different rows"),
+    "too few weights": (lambda X: X, {"sample_weight": np.ones(3)}, ValueError, "sample_weight.shape"),
+    "nan weight": (lambda X: X, {"sample_weight": np.full(30, np.nan)}, ValueError, "NaN"),
+}
+
+
+@pytest.mark.parametrize(("change", "arguments", "error", "message"), BAD_INPUT.values(), ids=BAD_INPUT)
+def test_bad_input_to_fit_says_what_is_wrong(change, arguments, error, message):
+    with pytest.raises(error, match=message):
+        quick().fit(change(two_clusters(30, 2)), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"base": "cauchy"}, "'base'.*cauchy"),
+        ({"hidden_layer_sizes": (0,)}, "hidden_layer_sizes.*positive.*0"),
+        ({"hidden_layer_sizes": ()}, "hidden_layer_sizes"),
+        ({"validation_fraction": 0.9}, "'validation_fraction'.*0.9"),
+        ({"max_iter": 0}, "'max_iter'.*0"),
+        ({"learning_rate": -1.0}, "'learning_rate'.*-1"),
+        ({"device": "abacus"}, "device='abacus'.*'auto' or 'cpu'"),
+        ({"energy": lambda d: nn.Linear(d, 2)}, r"energy.*shape \(n,\)"),
+        ({"energy": lambda d: 3}, "energy.*torch.nn.Module"),
+    ],
+    ids=str,
+)
+def test_bad_parameters_say_what_is_wrong(parameters, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        quick(**parameters).fit(two_clusters(30, 2))
+
+
+@pytest.mark.parametrize(
+    ("n_samples", "error"), [(0, ValueError), (-3, ValueError), (2.5, TypeError), (True, TypeError)]
+)
+def test_bad_number_of_draws_says_what_is_wrong(n_samples, error):
+    model = quick(max_iter=1).fit(two_clusters(30, 2))
+    with pytest.raises(error, match=f"n_samples must .*{n_samples}"):
+        model.sample(n_samples)
+
+
+def test_failed_fit_leaves_the_previous_model_whole():
+    X = two_clusters(60, 2)
+    model = quick().fit(X)
+    expected = model.score_samples(X)
+    with pytest.raises(ValueError):
+        model.fit(np.c_[X, np.ones(60)])
+    assert model.n_features_in_ == 2
+    np.testing.assert_array_equal(model.score_samples(X), expected)
+
+
+def test_global_state_is_untouched():
+    random.seed(3), np.random.seed(3), torch.manual_seed(3)
+    before = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
+    settings = torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled(), warnings.filters[:]
+    model = quick(base="auto").fit(two_clusters(60, 2))
+    model.score_samples(two_clusters(5, 2))
+    model.sample(5)
+    assert random.getstate() == before[0]
+    assert (np.random.get_state()[1] == before[1]).all()
+    assert torch.equal(torch.get_rng_state(), before[2])
+    assert settings == (
+        torch.get_num_threads(),
+        torch.get_default_dtype(),
+        torch.is_grad_enabled(),
+        warnings.filters[:],
+    )
+
+
+class SteepEnergy(nn.Module):
+    """Energy that no proposal can follow."""
+
+    def __init__(self, n_features):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.0), requires_grad=True)
+
+    def forward(self, z):
+        return 300 * self.scale * torch.sin(20 * z).sum(-1)
+
+
+class BreakingEnergy(nn.Module):
+    """Energy that works for a while, and then returns NaN."""
+
+    def __init__(self, n_features):
+        super().__init__()
+        self.layer = nn.Linear(n_features, 1)
+        self.n_calls = 0
+
+    def forward(self, z):
+        self.n_calls += self.training and torch.is_grad_enabled()
+        return self.layer(z).squeeze(-1) * (float("nan") if self.n_calls > 40 else 1)
+
+
+def test_low_effective_sample_size_warns_with_the_remedy():
+    with pytest.warns(LowEffectiveSampleSizeWarning, match="effective sample size.*Try"):
+        quick(energy=SteepEnergy, max_iter=1).fit(two_clusters(60, 10))
+
+
+def test_healthy_fit_does_not_warn():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        quick(base="auto").fit(two_clusters(100, 2))
+
+
+def test_energy_that_breaks_in_training_leaves_the_best_model_and_says_so():
+    X = two_clusters(60, 2)
+    with pytest.warns(TrainingWarning, match="ended early"):
+        model = quick(energy=BreakingEnergy, max_iter=40).fit(X)
+    assert np.isfinite(model.score_samples(X)).all()
+    assert not model.converged_
+
+
+def test_energy_that_never_works_raises():
+    class Broken(BreakingEnergy):
+        def forward(self, z):
+            return super().forward(z) * float("nan")
+
+    with pytest.raises(ValueError, match="energy.*finite"):
+        quick(energy=Broken).fit(two_clusters(60, 2))
+
+
+class Quadratic(nn.Module):
+    """Energy of the user's own."""
+
+    def __init__(self, n_features):
+        super().__init__()
+        self.matrix = nn.Parameter(torch.zeros(n_features, n_features))
+
+    def forward(self, z):
+        return (z @ self.matrix).square().sum(-1) + (z @ self.matrix).sum(-1)
+
+
+def test_own_energy_is_trained():
+    model = quick(energy=Quadratic).fit(two_clusters(100, 2))
+    energies = model.density_.ensembles[0].energies
+    assert isinstance(energies[0], Quadratic)
+    assert len(energies) == 2
+
+
+def test_early_stopping_off_runs_to_the_end():
+    model = quick(early_stopping=False, max_iter=12, n_iter_no_change=1).fit(two_clusters(60, 2))
+    assert model.n_iter_ == 12
+    assert not model.converged_
+
+
+def test_warm_start_goes_on_from_the_previous_fit():
+    X = two_clusters(200, 2)
+    model = quick(warm_start=True, early_stopping=False).fit(X)
+    feature_map, before = model.feature_map_, model.score(X)
+    first_check = model.set_params(max_iter=20).fit(X).history_[0]
+    assert model.feature_map_ is feature_map
+    assert model.score(X) > before - 10
+    assert first_check["validation_log_likelihood"] > quick().fit(X).history_[0]["validation_log_likelihood"]
+    with pytest.raises(ValueError, match="features"):
+        model.fit(X[:, :1])
+
+
+def test_verbose_writes_one_line_per_check(capsys):
+    quick(verbose=1).fit(two_clusters(60, 2))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert all("validation log-likelihood" in line and "ESS" in line for line in lines)
+    quick().fit(two_clusters(60, 2))
+    assert capsys.readouterr().out == ""
+
+
+def test_missing_gpu_is_a_clear_error():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(ValueError, match="device='cuda'.*'auto' or 'cpu'"):
+        quick(device="cuda").fit(two_clusters(30, 2))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_gpu_fit_scores_on_the_cpu():
+    X = two_clusters(200, 3)
+    model = quick(base="auto", device="cuda").fit(X)
+    assert all(tensor.device.type == "cpu" for tensor in model.density_.state_dict().values())
+    assert abs(model.score(X) - quick(base="auto", device="cpu").fit(X).score(X)) < 0.3 * len(X)

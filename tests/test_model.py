@@ -1,0 +1,76 @@
+"""Tilted ensembles: signs, pooling, and bounded energies."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from sk_ebm._base import fit_gaussian
+from sk_ebm._energy import MLPEnergy, resolve_hidden_layer_sizes
+from sk_ebm._model import StackedDensity, TiltedEnsemble
+
+
+def ensemble(n_members=2, n_features=2, seed=0):
+    """Ensemble whose energies are not zero, in float64."""
+    torch_state = torch.get_rng_state()
+    torch.default_generator.manual_seed(seed)
+    energies = [MLPEnergy(n_features, (8,)) for _ in range(n_members)]
+    for energy in energies:
+        nn.init.normal_(energy.layers[-1].weight)
+    z = torch.randn(50 * n_members, n_features, dtype=torch.float64)
+    torch.set_rng_state(torch_state)
+    bases = [fit_gaussian(part, torch.ones(50, dtype=torch.float64)) for part in z.split(50)]
+    return TiltedEnsemble(bases, energies).double(), z
+
+
+def test_a_low_energy_is_likely():
+    model, z = ensemble(1)
+    torch.testing.assert_close(model.log_density(z)[0], model.bases[0].log_prob(z) - model.energy(z)[0])
+
+
+def test_members_see_shared_rows_or_their_own():
+    model, z = ensemble(2)
+    own = torch.stack([z[:10], z[10:20]])
+    shared = model.log_density(z[:20])
+    torch.testing.assert_close(model.log_density(own), torch.stack([shared[0, :10], shared[1, 10:]]))
+
+
+def test_pool_averages_energies_and_mixes_bases():
+    model, z = ensemble(3)
+    base = torch.stack([base.log_prob(z).exp() for base in model.bases]).mean(0).log()
+    torch.testing.assert_close(model.pooled_log_density(z), base - model.energy(z).mean(0))
+
+
+def test_stack_is_the_mixture():
+    first, z = ensemble(2, seed=0)
+    second, _ = ensemble(1, seed=1)
+    stack = StackedDensity([first, second], torch.tensor([math.log(0.25), math.log(0.75)], dtype=torch.float64))
+    expected = 0.25 * first.pooled_log_density(z).exp() + 0.75 * second.pooled_log_density(z).exp()
+    torch.testing.assert_close(stack.log_density(z).exp(), expected)
+
+
+def test_frozen_copy_does_not_follow_the_original():
+    model, z = ensemble(2)
+    copy = model.frozen_copy()
+    before = copy.energy(z)
+    nn.init.zeros_(model.energies[0].layers[-1].weight)
+    torch.testing.assert_close(copy.energy(z), before)
+    assert not any(parameter.requires_grad for parameter in copy.parameters())
+
+
+def test_energies_are_bounded_however_far_out():
+    model, _ = ensemble(1)
+    direction = torch.randn(100, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    near, far = model.energy(1e5 * direction), model.energy(1e9 * direction)
+    torch.testing.assert_close(near, far, rtol=1e-2, atol=1e-2)
+
+
+def test_untrained_energy_is_zero():
+    z = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(MLPEnergy(3, (4, 4))(z), torch.zeros(5))
+
+
+@pytest.mark.parametrize(("n_samples", "width"), [(20, 64), (1000, 64), (10_000, 192), (10**7, 256)])
+def test_network_grows_with_the_data(n_samples, width):
+    assert resolve_hidden_layer_sizes(n_samples) == (width,) * 3

@@ -1,0 +1,115 @@
+"""Pools, chains and draws: they follow the model, and survive when nothing works."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from sk_ebm._base import fit_gaussian, fit_mixture
+from sk_ebm._flow import make_flow
+from sk_ebm._model import TiltedEnsemble
+from sk_ebm._sampler import (
+    Chains,
+    Pool,
+    defensive_proposal,
+    draw_from_density,
+    draw_pool,
+    log_weight,
+    pool_effective_sample_size,
+    pool_log_weight,
+    start_chains,
+)
+
+
+class Shift(nn.Module):
+    """Energy that moves a standard normal by `offset` in every feature."""
+
+    def __init__(self, offset):
+        super().__init__()
+        self.offset = offset
+
+    def forward(self, z):
+        return (0.5 * self.offset**2 - self.offset * z).sum(-1)
+
+
+@pytest.fixture
+def generator():
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def model(generator):
+    z = torch.randn(4000, 2, dtype=torch.float64, generator=generator)
+    bases = [fit_gaussian(z, torch.ones(4000, dtype=torch.float64)) for _ in range(2)]
+    return TiltedEnsemble(bases, [Shift(0.0), Shift(0.7)])
+
+
+@pytest.fixture
+def proposal(model):
+    return defensive_proposal(make_flow("spline", 2).double(), list(model.bases), 0.3)
+
+
+def test_proposal_log_prob_is_that_of_the_mixture(proposal, generator):
+    z = proposal.sample(500, generator)
+    densities = [
+        share * c.log_prob(z).exp() for share, c in zip(proposal.proportions, proposal.components, strict=True)
+    ]
+    torch.testing.assert_close(proposal.log_prob(z).exp(), torch.stack(densities).sum(0))
+    assert sum(proposal.proportions) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("n_samples", [1, 2, 3, 7, 1000])
+def test_proposal_draws_as_many_as_asked(proposal, generator, n_samples):
+    assert proposal.sample(n_samples, generator).shape == (n_samples, 2)
+
+
+@pytest.mark.parametrize("global_kernel", ["isir", "imh"])
+@pytest.mark.parametrize("n_local_steps", [0, 2])
+def test_chains_reach_each_members_own_density(model, proposal, generator, global_kernel, n_local_steps):
+    start = torch.full((2, 400, 2), 1.0, dtype=torch.float64)
+    chains = Chains(start, global_kernel=global_kernel, n_local_steps=n_local_steps)
+    means = []
+    for _ in range(30):
+        report = chains.move(model, proposal, draw_pool(proposal, 800, generator), generator)
+        means.append(chains.position.mean(1))
+    inside = torch.stack(means[5:]).mean(0)
+    torch.testing.assert_close(inside[0], torch.zeros(2).double(), atol=0.06, rtol=0)
+    # The ball the energy is pulled into shortens the shift a little.
+    assert 0.55 < inside[1].mean() < 0.75
+    assert 0 < report.global_acceptance <= 1
+
+
+def test_step_size_adapts_towards_its_target(model, proposal, generator):
+    chains = Chains(
+        start_chains(model, draw_pool(proposal, 800, generator), 400, generator), global_kernel="isir", n_local_steps=2
+    )
+    chains.step_size = chains.step_size * 0 + 1.9
+    for _ in range(30):
+        report = chains.move(model, proposal, draw_pool(proposal, 800, generator), generator)
+    assert 0.5 < report.local_acceptance < 0.7
+
+
+def test_draws_follow_a_density_with_unequal_modes(generator):
+    modes = torch.tensor([[-3.0, 0.0]] * 300 + [[3.0, 0.0]] * 100, dtype=torch.float64)
+    rows = modes + 0.5 * torch.randn(400, 2, dtype=torch.float64, generator=generator)
+    target = fit_mixture(rows, torch.ones(400).double(), 2, covariance_type="full", generator=generator)
+    wide = fit_gaussian(rows, torch.ones(400).double())
+    proposal = defensive_proposal(make_flow("spline", 2).double(), [wide], 0.9)
+    draws = draw_from_density(target.log_prob, proposal, 20_000, generator)
+    assert float((draws[:, 0] > 0).double().mean()) == pytest.approx(0.25, abs=0.02)
+    assert len(draws.unique(dim=0)) > 0.9 * len(draws)
+
+
+def test_weights_that_are_no_numbers_count_as_zero(model, proposal, generator):
+    pool = draw_pool(proposal, 100, generator)
+    broken = Pool(pool.position, torch.where(torch.arange(100) < 50, math.inf, pool.log_proposal))
+    assert torch.equal(pool_log_weight(model, broken).isneginf(), (torch.arange(100) < 50).expand(2, -1))
+    assert log_weight(lambda z: z[:, 0] * math.nan, pool).isneginf().all()
+
+
+def test_a_failed_sampler_has_no_effective_draws_and_still_starts_chains(model, proposal, generator):
+    pool = draw_pool(proposal, 100, generator)
+    hopeless = Pool(pool.position, torch.full((100,), math.inf).double())
+    assert float(pool_effective_sample_size(model, hopeless)) == 0
+    assert start_chains(model, hopeless, 7, generator).isfinite().all()

@@ -1,0 +1,79 @@
+"""Cross-fitted choices: no row judges what it helped to fit, and the right candidates win."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.mixture import GaussianMixture
+
+from sk_ebm._base import fit_gaussian
+from sk_ebm._folds import Folds
+from sk_ebm._selection import cheap_bases, choose_feature_map, cross_fit
+from sk_ebm._support import fit_feature_map
+
+
+def folds(X, n_members=4):
+    rows = torch.from_numpy(np.asarray(X, dtype=np.float64))
+    return Folds(rows, torch.ones(len(rows), dtype=torch.float64), torch.arange(len(rows)) % n_members, n_members)
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+@pytest.fixture
+def generator():
+    return torch.Generator().manual_seed(0)
+
+
+def best_base(data, generator):
+    bases = cheap_bases(data, fit_feature_map(data.rows, data.weight, use_margins=False), generator)
+    return max(bases, key=lambda name: bases[name].score)
+
+
+def test_members_never_see_their_own_fold(rng):
+    data = folds(rng.normal(size=(40, 2)))
+    for k, weight in enumerate(data.train_weight()):
+        assert not weight[data.fold == k].any()
+    torch.testing.assert_close(data.train_weight() + data.held_out_weight(), data.weight.expand(4, -1))
+
+
+def test_score_is_that_of_unseen_rows(rng):
+    data = folds(rng.normal(size=(40, 1)), n_members=2)
+    bases = cross_fit(fit_gaussian, data)
+    slow = [float(bases.members[int(k)].log_prob(row[None])) for row, k in zip(data.rows, data.fold, strict=True)]
+    assert bases.score == pytest.approx(np.mean(slow))
+
+
+def test_clusters_choose_the_mixture(rng, generator):
+    X = rng.normal(size=(400, 2)) + 8 * (rng.random((400, 1)) < 0.3)
+    assert best_base(folds(X), generator) == "mixture"
+
+
+def test_heavy_tails_choose_student_t(rng, generator):
+    assert (
+        best_base(
+            folds(rng.multivariate_normal(np.zeros(4), np.eye(4), 400) / np.sqrt(rng.chisquare(3, (400, 1)) / 3)),
+            generator,
+        )
+        == "student_t"
+    )
+
+
+def test_mixture_is_about_as_good_as_a_tuned_one(rng, generator):
+    X = rng.normal(size=(600, 3)) * [1, 2, 3] + np.array([[0, 0, 0], [9, 0, 0], [0, 20, 5]])[rng.integers(0, 3, 600)]
+    data = folds(X[:400])
+    feature_map = fit_feature_map(data.rows, data.weight, use_margins=False)
+    members = cheap_bases(data, feature_map, generator)["mixture"].members
+    z, log_det = feature_map(torch.from_numpy(X[400:]))
+    ours = torch.stack([member.log_prob(z) + log_det for member in members]).exp().mean(0).log().mean()
+    reference = GaussianMixture(3, covariance_type="tied", random_state=0).fit(X[:400])
+    assert float(ours) > reference.score(X[400:]) - 0.05
+
+
+@pytest.mark.parametrize("shape", ["skewed", "plain"])
+def test_normal_scores_are_taken_where_they_help(rng, generator, shape):
+    X = rng.normal(size=(400, 4))
+    X = np.exp(1.3 * X) if shape == "skewed" else X
+    feature_map, _ = choose_feature_map(folds(X), generator)
+    assert (feature_map.margins is not None) == (shape == "skewed")

@@ -1,0 +1,135 @@
+"""The training loop: stopping rule, restoring the best, backing off, and fitting flows."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from sk_ebm._base import fit_gaussian
+from sk_ebm._energy import MLPEnergy
+from sk_ebm._flow import make_flow
+from sk_ebm._folds import Folds
+from sk_ebm._model import TiltedEnsemble
+from sk_ebm._training import Monitor, Outcome, TrainSettings, fit_flow, train
+
+SETTINGS = {
+    "max_iter": 20,
+    "learning_rate": 0.01,
+    "weight_decay": 0.0,
+    "batch_size": 128,
+    "n_chains": 128,
+    "pool_size": 256,
+    "global_kernel": "isir",
+    "n_local_steps": 1,
+    "early_stopping": True,
+    "n_iter_no_change": 2,
+    "tol": 1e-3,
+}
+
+
+def settings(**changes):
+    return TrainSettings(**{**SETTINGS, **changes})
+
+
+def problem(make_energy=lambda d: MLPEnergy(d, (32, 32)), n_members=2):
+    """Two clusters, Gaussian bases and a flow at the identity."""
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(400, 2, generator=generator) * 0.3 + 2.0 * (torch.rand(400, 1, generator=generator) < 0.5) - 1
+    data = Folds(z, torch.ones(400), torch.arange(400) % max(n_members, 2), n_members)
+    bases = [fit_gaussian(z, weight) for weight in data.train_weight()]
+    state = torch.get_rng_state()
+    torch.default_generator.manual_seed(0)
+    model = TiltedEnsemble(bases, [make_energy(2) for _ in bases])
+    flow = make_flow("spline", 2)
+    torch.set_rng_state(state)
+    return model, flow, data, generator
+
+
+@pytest.mark.parametrize("n_members", [1, 2])
+@pytest.mark.parametrize("global_kernel", ["isir", "imh"])
+def test_training_improves_the_held_out_likelihood(n_members, global_kernel):
+    model, flow, data, generator = problem(n_members=n_members)
+    result = train(model, flow, data, settings(max_iter=25, global_kernel=global_kernel), generator)
+    assert result.history[0]["iteration"] == 0
+    assert result.held_out_log_likelihood > result.history[0]["validation_log_likelihood"] + 0.2
+
+
+def test_the_best_check_is_what_is_returned():
+    model, flow, data, generator = problem()
+    result = train(model, flow, data, settings(), generator)
+    assert result.held_out_log_likelihood == max(check["validation_log_likelihood"] for check in result.history)
+    log_prob = result.model.base_log_prob(data.rows) - result.model.energy(data.rows)
+    grid = torch.cartesian_prod(torch.linspace(-5, 5, 300), torch.linspace(-5, 5, 300))
+    log_z = result.model.log_density(grid).logsumexp(-1) + 2 * math.log(10 / 299)
+    exact = data.held_out_mean(log_prob - log_z.unsqueeze(-1))
+    assert result.held_out_log_likelihood == pytest.approx(exact, abs=0.06)
+
+
+def test_an_energy_that_cannot_improve_converges():
+    class Constant(nn.Module):
+        def __init__(self, n_features):
+            super().__init__()
+            self.level = nn.Parameter(torch.zeros(()))
+
+        def forward(self, z):
+            return self.level.expand(len(z))
+
+    model, flow, data, generator = problem(Constant)
+    result = train(model, flow, data, settings(max_iter=60, tol=0.05), generator)
+    assert result.outcome is Outcome.CONVERGED
+    assert result.n_iter < 60
+
+
+def test_a_sampler_that_cannot_follow_stops_training_by_name():
+    class Spikes(nn.Module):
+        def __init__(self, n_features):
+            super().__init__()
+            self.height = nn.Parameter(torch.tensor(1000.0))
+
+        def forward(self, z):
+            return self.height * torch.sin(50 * z).sum(-1)
+
+    model, flow, data, generator = problem(Spikes)
+    result = train(model, flow, data, settings(max_iter=60, n_iter_no_change=100), generator)
+    assert result.outcome is Outcome.SAMPLER_TOO_WEAK
+
+
+def test_monitor_stops_after_the_agreed_number_of_stale_checks_and_keeps_the_best():
+    monitor = Monitor(settings(n_iter_no_change=2, tol=0.1))
+    scores = [1.0, 2.0, 2.05, 1.5]
+    stops = []
+    for iteration, score in enumerate(scores):
+        monitor.record({"iteration": iteration, "validation_log_likelihood": score}, lambda i=iteration: i)
+        stops.append(monitor.is_converged())
+    assert stops == [False, False, False, True]
+    assert monitor.best == 2
+
+
+def test_monitor_without_early_stopping_keeps_the_last():
+    monitor = Monitor(settings(early_stopping=False, n_iter_no_change=1))
+    for iteration, score in enumerate([3.0, 2.0, 1.0]):
+        monitor.record({"iteration": iteration, "validation_log_likelihood": score}, lambda i=iteration: i)
+    assert monitor.best == 2
+    assert not monitor.is_converged()
+
+
+def test_weighted_rows_pull_the_flow():
+    _, flow, data, generator = problem()
+    weight = torch.where(data.rows[:, 0] > 0, 1.0, 0.05)
+    fit_flow(flow, data.rows, weight, weight, max_steps=100, batch_size=128, generator=generator)
+    with torch.no_grad():
+        share = float((flow.sample(2000, generator)[:, 0] > 0).float().mean())
+    expected = float(weight[data.rows[:, 0] > 0].sum() / weight.sum())
+    assert share == pytest.approx(expected, abs=0.1)
+
+
+def test_flow_fit_returns_the_best_held_out_score():
+    _, flow, data, generator = problem()
+    is_held_out = data.fold == 0
+    score = fit_flow(
+        flow, data.rows, 1.0 * ~is_held_out, 1.0 * is_held_out, max_steps=150, batch_size=128, generator=generator
+    )
+    with torch.no_grad():
+        assert score == pytest.approx(float(flow.log_prob(data.rows[is_held_out]).mean()), abs=1e-4)
+    assert score > data.held_out_mean(problem()[0].base_log_prob(data.rows)) + 0.2
