@@ -23,16 +23,10 @@ from sk_ebm._sampler import (
     log_weight,
     pool_log_weight,
 )
-from sk_ebm._selection import (
-    Bases,
-    cheap_bases,
-    choose_feature_map,
-    cross_fit_base,
-    mean_log_det,
-)
+from sk_ebm._selection import MAX_FIT_ROWS, Bases, choose_feature_map, cross_fit_bases
 from sk_ebm._stacking import stacking_shares
 from sk_ebm._support import FeatureMap, fit_feature_map
-from sk_ebm._training import TrainResult, TrainSettings, fit_flow, train
+from sk_ebm._training import MAX_JUDGED_ROWS, TrainResult, TrainSettings, fit_flow, train
 from sk_ebm._types import Density
 
 # A base flow is worth its training time only if one flow comes this near (nats) to the best candidate so far.
@@ -96,8 +90,8 @@ def fit_model(
         feature_map, bases = _feature_map_and_bases(data, settings, generator)
     else:
         feature_map, bases = previous.feature_map, {}
-    log_det = mean_log_det(data, feature_map)
-    trainer = _Trainer(_to_z(data, feature_map), settings, generator, report, log_det)
+    z, log_det = _to_z(data, feature_map)
+    trainer = _Trainer(z, settings, generator, report, log_det)
     if previous is None:
         candidates = trainer.train_candidates(bases)
     else:
@@ -168,6 +162,7 @@ class _Trainer:
             data.fold.to(settings.device),
             data.n_members,
         )
+        self.judged = self.data.subset(MAX_JUDGED_ROWS)
         self.device_generator = torch.Generator(settings.device)
         self.device_generator.manual_seed(int(torch.randint(2**62, (1,), generator=generator)))
 
@@ -183,9 +178,10 @@ class _Trainer:
 
     def _is_promising(self, flow_score: float, bases: dict[str, Bases], candidates: list[Candidate]) -> bool:
         """Return whether one flow comes near the best candidate, both measured from the Gaussian on the same rows."""
-        on_fold_0 = self.data._replace(n_members=1)
+        on_fold_0 = self.judged._replace(n_members=1)
         gaussian = bases["gaussian"].members[0]
-        flow_gain = flow_score - on_fold_0.held_out_mean(gaussian.log_prob(self.data.rows.double()).unsqueeze(0))
+        gaussian_log_prob = gaussian.log_prob(self.judged.rows.cpu().double()).unsqueeze(0)
+        flow_gain = flow_score - on_fold_0.held_out_mean(gaussian_log_prob.to(self.judged.rows))
         best_gain = max(c.result.held_out_log_likelihood for c in candidates) - bases["gaussian"].score
         return flow_gain > max(best_gain - _FLOW_WITHIN, _MIN_FLOW_GAIN)
 
@@ -213,16 +209,16 @@ class _Trainer:
         )
         with torch.no_grad():
             held_out = torch.stack([self._member_log_prob(candidate.model, pool) for candidate in candidates])
-        shares = stacking_shares(held_out, self.data.held_out_weight()).cpu()
+        shares = stacking_shares(held_out.cpu(), self.judged.held_out_weight().cpu())
         shares = torch.where(shares < _MIN_SHARE, 0.0, shares)
         return [float(share) for share in shares / shares.sum()]
 
     def _member_log_prob(self, model: TiltedEnsemble, pool: Pool) -> torch.Tensor:
-        """Return the normalised log density (nats, in z-space) of every row under every member, shape (K, n)."""
+        """Return the normalised log density (nats, in z-space) of the judged rows under every member, shape (K, n)."""
         parts = pool.position.split(_CHUNK), pool.log_proposal.split(_CHUNK)
         weights = torch.cat([pool_log_weight(model, Pool(*part)) for part in zip(*parts, strict=True)], dim=-1)
         log_normalizer = torch.tensor([estimate_log_normalizer(weight).value for weight in weights]).to(weights)
-        log_density = torch.cat([model.log_density(z) for z in self.data.rows.split(_CHUNK)], dim=-1)
+        log_density = torch.cat([model.log_density(z) for z in self.judged.rows.split(_CHUNK)], dim=-1)
         return log_density - log_normalizer.unsqueeze(-1)
 
     def _start(self, name: str, bases: list[Density], flow: Density) -> Candidate:
@@ -263,24 +259,28 @@ def _feature_map_and_bases(
     data: Folds, settings: FitSettings, generator: torch.Generator
 ) -> tuple[FeatureMap, dict[str, Bases]]:
     """Resolve the feature map and the bases that cost no gradient training."""
+    data = data.subset(MAX_FIT_ROWS)
+    others = {"auto": ("student_t", "mixture"), "flow": ()}.get(settings.base, (settings.base,))
+    names = tuple(dict.fromkeys(("gaussian", *others)))
     if settings.feature_map == "auto":
-        feature_map, bases = choose_feature_map(data, generator)
+        feature_map, bases = choose_feature_map(data, names, generator)
     else:
         feature_map = fit_feature_map(data.rows, data.weight, use_margins=settings.feature_map == "marginal")
-        bases = cheap_bases(data, feature_map, generator) if settings.base == "auto" else {}
-    if settings.base == "auto":
-        best = max(bases, key=lambda name: bases[name].score)
-        return feature_map, {name: bases[name] for name in dict.fromkeys(("gaussian", best))}
-    if settings.base == "flow":
-        return feature_map, {}
-    return feature_map, {
-        settings.base: bases.get(settings.base)
-        or cross_fit_base(settings.base, _to_z(data, feature_map), feature_map, generator)
-    }
+        bases = cross_fit_bases(data, names, feature_map, generator)
+    best = max(bases, key=lambda name: bases[name].score)
+    wanted = {"auto": ("gaussian", best), "flow": ()}.get(settings.base, (settings.base,))
+    return feature_map, {name: bases[name] for name in dict.fromkeys(wanted)}
 
 
-def _to_z(data: Folds, feature_map: FeatureMap) -> Folds:
-    return data.with_rows(torch.cat([feature_map(x)[0] for x in data.rows.split(_CHUNK)]))
+def _to_z(data: Folds, feature_map: FeatureMap) -> tuple[Folds, float]:
+    """Map rows to z in float32, chunk by chunk; also return the weighted mean log |det| (nats)."""
+    z = torch.empty(data.rows.shape, dtype=torch.float32)
+    log_det = 0.0
+    for start in range(0, len(z), _CHUNK):
+        rows = slice(start, start + _CHUNK)
+        z[rows], log_det_rows = feature_map(data.rows[rows])
+        log_det += float(data.weight[rows] @ log_det_rows)
+    return data.with_rows(z), log_det / float(data.weight.sum())
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """Cross-fitted candidates: choose the feature map and the bases by the likelihood of rows they have not seen."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,8 +13,9 @@ from sk_ebm._types import Density
 
 _N_COMPONENTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 _MIN_ROWS_PER_COMPONENT = 10
-# More rows would change which settings win too little to be worth their time.
-MAX_ROWS = 8000
+# More rows would change the fitted maps and bases too little to be worth their time and memory.
+MAX_FIT_ROWS = 20_000
+_MAX_SEARCH_ROWS = 8000
 # Nats by which a Gaussian on normal-score margins may trail the best plain base and still be worth a closer look.
 _HOPELESS = 0.5
 # Two folds judge the settings of a mixture well enough; the mixture chosen is then fitted for every fold.
@@ -43,25 +44,35 @@ def cross_fit_base(name: str, data: Folds, feature_map: FeatureMap, generator: t
     return _search_mixture(data, feature_map, generator)
 
 
-def choose_feature_map(data: Folds, generator: torch.Generator) -> tuple[FeatureMap, dict[str, Bases]]:
-    """Choose between plain whitening and normal-score margins by the best cheap base on each.
+def choose_feature_map(
+    data: Folds, names: Sequence[str], generator: torch.Generator
+) -> tuple[FeatureMap, dict[str, Bases]]:
+    """Choose between plain whitening and normal-score margins by the best of the named bases on each.
+
+    Parameters
+    ----------
+    data : Folds
+        Rows in the user's units.
+    names : sequence of str
+        Bases to try, "gaussian" among them.
+    generator : torch.Generator
+        Source of randomness.
 
     Returns
     -------
     feature_map : FeatureMap
         The map, fitted to all rows.
     bases : dict
-        Cheap bases on that map by name.
+        The named bases on that map.
     """
-    sample = data.subset(MAX_ROWS)
     plain = fit_feature_map(data.rows, data.weight, use_margins=False)
-    plain_bases = cheap_bases(data, plain, generator)
+    plain_bases = cross_fit_bases(data, names, plain, generator)
     plain_score = max(bases.score for bases in plain_bases.values()) + mean_log_det(data, plain)
-    honest_score = _score_map_and_gaussian(sample)
+    honest_score = _score_map_and_gaussian(data)
     if honest_score < plain_score - _HOPELESS:
         return plain, plain_bases
     margins = fit_feature_map(data.rows, data.weight, use_margins=True)
-    margin_bases = cheap_bases(data, margins, generator)
+    margin_bases = cross_fit_bases(data, names, margins, generator)
     # The map is a density model too and has seen every row: take off what that flatters the Gaussian by.
     flattery = margin_bases["gaussian"].score + mean_log_det(data, margins) - honest_score
     margin_score = max(bases.score for bases in margin_bases.values()) + mean_log_det(data, margins) - flattery
@@ -70,10 +81,12 @@ def choose_feature_map(data: Folds, generator: torch.Generator) -> tuple[Feature
     return plain, plain_bases
 
 
-def cheap_bases(data: Folds, feature_map: FeatureMap, generator: torch.Generator) -> dict[str, Bases]:
-    """Cross-fit every base that needs no gradient training, on the z of the given map."""
+def cross_fit_bases(
+    data: Folds, names: Sequence[str], feature_map: FeatureMap, generator: torch.Generator
+) -> dict[str, Bases]:
+    """Cross-fit the named bases on the z of the given map."""
     z = data.with_rows(feature_map(data.rows)[0])
-    return {name: cross_fit_base(name, z, feature_map, generator) for name in ("gaussian", "student_t", "mixture")}
+    return {name: cross_fit_base(name, z, feature_map, generator) for name in names}
 
 
 def mean_log_det(data: Folds, feature_map: FeatureMap) -> float:
@@ -98,7 +111,7 @@ def _score_map_and_gaussian(data: Folds) -> float:
 
 def _search_mixture(data: Folds, feature_map: FeatureMap, generator: torch.Generator) -> Bases:
     """Choose the size and covariance of a Gaussian mixture by held-out likelihood, then cross-fit it."""
-    sample = data.subset(MAX_ROWS)._replace(n_members=min(_SEARCH_FOLDS, data.n_members))
+    sample = data.subset(_MAX_SEARCH_ROWS)._replace(n_members=min(_SEARCH_FOLDS, data.n_members))
     best_score = -math.inf
     # With few features EM is cheap and its likelihood is bumpy in the number of components; with many, neither.
     patience = 5 if data.rows.shape[1] <= 3 else 2

@@ -32,6 +32,8 @@ _FLOW_LEARNING_RATE = 2e-3
 _DATA_SHARE_OF_FLOW_BATCH = 0.25
 _WEIGHT_AVERAGE_DECAY = 0.99
 _MAX_GRAD_NORM = 5.0
+# Rows that validation looks at: their noise is far below what patience and stacking react to.
+MAX_JUDGED_ROWS = 20_000
 _ROUNDS_BEFORE_BACKING_OFF = 4
 _MAX_ROUNDS_AT_GATE = 20
 
@@ -184,8 +186,8 @@ class _TrainState:
         self.started = time.perf_counter()
         self.average = model.frozen_copy()
         self.train_weight = data.train_weight()
-        self.held_out_weight = data.held_out_weight()
-        self.base_log_prob = torch.cat([model.base_log_prob(z) for z in data.rows.split(16384)], dim=-1)
+        self.judged = data.subset(MAX_JUDGED_ROWS)
+        self.base_log_prob = model.base_log_prob(self.judged.rows)
         self.energy_parameters = [p for p in model.energies.parameters() if p.requires_grad]
         self.energy_optimizer = torch.optim.AdamW(
             self.energy_parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, betas=(0.9, 0.98)
@@ -270,13 +272,13 @@ class _TrainState:
         pool = draw_pool(self.proposal, 2 * self.settings.pool_size, self.generator)
         estimates = [estimate_log_normalizer(w) for w in pool_log_weight(self.average, pool)]
         log_normalizer = torch.tensor([e.value for e in estimates]).to(self.data.rows)
-        energy = torch.cat([self.average.energy(z) for z in self.data.rows.split(16384)], dim=-1)
-        log_prob = self.base_log_prob - energy - log_normalizer.unsqueeze(-1)
+        log_prob = self.base_log_prob - self.average.energy(self.judged.rows) - log_normalizer.unsqueeze(-1)
+        train_weight = self.judged.train_weight()
         return {
             "iteration": iteration,
             "seconds": time.perf_counter() - self.started,
-            "train_log_likelihood": float((self.train_weight * log_prob).sum() / self.train_weight.sum()),
-            "validation_log_likelihood": float((self.held_out_weight * log_prob).sum() / self.held_out_weight.sum()),
+            "train_log_likelihood": float((train_weight * log_prob).sum() / train_weight.sum()),
+            "validation_log_likelihood": self.judged.held_out_mean(log_prob),
             "log_normalizer": float(log_normalizer.mean()),
             "effective_sample_size": sum(e.effective_sample_size for e in estimates) / len(estimates),
         }

@@ -7,8 +7,10 @@ from sklearn.mixture import GaussianMixture
 
 from sk_ebm._base import fit_gaussian
 from sk_ebm._folds import Folds
-from sk_ebm._selection import cheap_bases, choose_feature_map, cross_fit
+from sk_ebm._selection import choose_feature_map, cross_fit, cross_fit_bases
 from sk_ebm._support import fit_feature_map
+
+NAMES = ("gaussian", "student_t", "mixture")
 
 
 def folds(X, n_members=4):
@@ -27,7 +29,7 @@ def generator():
 
 
 def best_base(data, generator):
-    bases = cheap_bases(data, fit_feature_map(data.rows, data.weight, use_margins=False), generator)
+    bases = cross_fit_bases(data, NAMES, fit_feature_map(data.rows, data.weight, use_margins=False), generator)
     return max(bases, key=lambda name: bases[name].score)
 
 
@@ -64,7 +66,7 @@ def test_mixture_is_about_as_good_as_a_tuned_one(rng, generator):
     X = rng.normal(size=(600, 3)) * [1, 2, 3] + np.array([[0, 0, 0], [9, 0, 0], [0, 20, 5]])[rng.integers(0, 3, 600)]
     data = folds(X[:400])
     feature_map = fit_feature_map(data.rows, data.weight, use_margins=False)
-    members = cheap_bases(data, feature_map, generator)["mixture"].members
+    members = cross_fit_bases(data, NAMES, feature_map, generator)["mixture"].members
     z, log_det = feature_map(torch.from_numpy(X[400:]))
     ours = torch.stack([member.log_prob(z) + log_det for member in members]).exp().mean(0).log().mean()
     reference = GaussianMixture(3, covariance_type="tied", random_state=0).fit(X[:400])
@@ -75,5 +77,5 @@ def test_mixture_is_about_as_good_as_a_tuned_one(rng, generator):
 def test_normal_scores_are_taken_where_they_help(rng, generator, shape):
     X = rng.normal(size=(400, 4))
     X = np.exp(1.3 * X) if shape == "skewed" else X
-    feature_map, _ = choose_feature_map(folds(X), generator)
+    feature_map, _ = choose_feature_map(folds(X), NAMES, generator)
     assert (feature_map.margins is not None) == (shape == "skewed")
