@@ -13,6 +13,7 @@ from sk_ebm._types import Density
 COVARIANCE_TYPES = ("full", "tied", "diag", "tied_diag", "spherical", "tied_spherical")
 _MAX_ITER = 200
 _TOL = 1e-4
+_KMEANS_RUNS = 4
 # Pseudo-counts of the prior that pulls every covariance a little towards a sphere: fits stay positive
 # definite with fewer rows than features.
 _PRIOR_COUNT = 1.0
@@ -220,23 +221,35 @@ def _fit_student_t_given_df(z: torch.Tensor, weight: torch.Tensor, df: float) ->
 
 
 def _kmeans(z: torch.Tensor, weight: torch.Tensor, n_components: int, generator: torch.Generator) -> torch.Tensor:
-    """Return hard responsibilities (n, k) after k-means++ and ten Lloyd iterations."""
+    """Return hard responsibilities (n, k) of the best of a few k-means runs."""
+    runs = [_kmeans_once(z, weight, n_components, generator) for _ in range(_KMEANS_RUNS if n_components > 1 else 1)]
+    return min(runs, key=lambda run: run[1])[0]
+
+
+def _kmeans_once(
+    z: torch.Tensor, weight: torch.Tensor, n_components: int, generator: torch.Generator
+) -> tuple[torch.Tensor, float]:
+    """Run greedy k-means++ and ten Lloyd iterations; return hard responsibilities (n, k) and the inertia."""
+    n_trials = 2 + int(math.log(n_components))
     distance = torch.full((len(z),), math.inf, dtype=z.dtype, device=z.device)
     centers: list[torch.Tensor] = []
     for _ in range(n_components):
         probability = weight * (distance if centers else torch.ones_like(distance))
         if float(probability.sum()) <= 0:
             probability = weight
-        center = z[torch.multinomial(probability, 1, generator=generator)]
-        centers.append(center)
-        distance = torch.minimum(distance, (z - center).square().sum(-1))
+        trials = z[torch.multinomial(probability, n_trials, replacement=True, generator=generator)]
+        distances = torch.minimum(distance.unsqueeze(-1), torch.cdist(z, trials).square())
+        best = (weight @ distances).argmin()
+        centers.append(trials[best : best + 1])
+        distance = distances[:, best]
     center = torch.cat(centers)
     for _ in range(10):
         label = torch.cdist(z, center).argmin(-1)
         mass = weight.unsqueeze(-1) * nn.functional.one_hot(label, n_components).to(z.dtype)
         counts = mass.sum(0).unsqueeze(-1)
         center = torch.where(counts > 0, (mass.T @ z) / counts.clamp(min=1e-12), center)
-    return nn.functional.one_hot(label, n_components).to(z.dtype)
+    inertia = weight @ torch.cdist(z, center).amin(-1).square()
+    return nn.functional.one_hot(label, n_components).to(z.dtype), float(inertia)
 
 
 def _cholesky(covariance: torch.Tensor) -> torch.Tensor:

@@ -22,6 +22,15 @@ from sk_ebm._sampler import draw_from_density
 from sk_ebm._training import Outcome, TrainSettings
 
 _SCORE_CHUNK = 8192
+_MODEL_PARAMETERS = (
+    "base",
+    "feature_map",
+    "energy",
+    "hidden_layer_sizes",
+    "n_estimators",
+    "flow",
+    "validation_fraction",
+)
 _TRUSTED_EFFECTIVE_SAMPLE_SIZE = 0.01
 
 
@@ -47,7 +56,8 @@ class EBMFlowDensity(DensityMixin, BaseEstimator):
     ----------
     base : {"auto", "gaussian", "student_t", "mixture", "flow"}, default="auto"
         Base density q_0. "auto" trains energies on a Gaussian and on the best of the others, and mixes the
-        results with the shares that make held-out rows most likely.
+        results with the shares that make held-out rows most likely; a base of flows joins where one flow promises
+        to win.
     feature_map : {"auto", "standard", "marginal"}, default="auto"
         Map of the features before everything else: whitening, or normal scores of each feature and whitening.
         "auto" takes the normal scores where held-out rows become clearly more likely.
@@ -60,7 +70,7 @@ class EBMFlowDensity(DensityMixin, BaseEstimator):
         Number of energies per base; each holds out another fold of the rows, and the energies are averaged.
     flow : {"spline", "affine"}, default="spline"
         Coupling flow; "affine" is faster and less accurate.
-    max_iter : int, default=100
+    max_iter : int, default=150
         Most iterations of training; each moves the chains and takes 16 gradient steps.
     learning_rate : "auto" or float, default="auto"
         Peak learning rate of the energies; "auto" is 0.006 up to two features and falls with the square root of
@@ -73,7 +83,8 @@ class EBMFlowDensity(DensityMixin, BaseEstimator):
         Whether to stop when the held-out log-likelihood no longer improves, and to restore the best parameters.
         If False, training runs for `max_iter` iterations and keeps the last parameters.
     validation_fraction : float, default=0.25
-        Share of the rows that each energy holds out.
+        Share of the rows that each energy holds out, rounded to one fold of an equal deal; more energies than folds
+        make more folds.
     n_iter_no_change : int, default=5
         Validation checks, one every five iterations, without improvement before stopping.
     tol : float, default=0.001
@@ -88,7 +99,8 @@ class EBMFlowDensity(DensityMixin, BaseEstimator):
         Torch device of the training: "auto" (CUDA if there is any, else the CPU), "cpu", "cuda", "cuda:1", "mps".
         The fitted model always lives on the CPU.
     warm_start : bool, default=False
-        Whether to start from the energies and the flow of the previous fit, on the same bases and feature map.
+        Whether to start from the energies and the flows of the previous fit, on the same bases and feature map.
+        Needs the same X, dealt to the same folds, and unchanged parameters of the model.
     random_state : int, RandomState instance or None, default=None
         Source of all randomness; the global states of numpy and torch are never touched.
     verbose : int, default=0
@@ -177,6 +189,9 @@ class EBMFlowDensity(DensityMixin, BaseEstimator):
         "verbose": ["verbose"],
     }
 
+    _fold_seed: int
+    _model_parameters: dict[str, Any]
+
     def __init__(
         self,
         *,
@@ -186,7 +201,7 @@ class EBMFlowDensity(DensityMixin, BaseEstimator):
         hidden_layer_sizes: str | tuple[int, ...] = "auto",
         n_estimators: int = 4,
         flow: str = "spline",
-        max_iter: int = 100,
+        max_iter: int = 150,
         learning_rate: str | float = "auto",
         alpha: float = 0.1,
         batch_size: int = 256,
@@ -326,12 +341,15 @@ class EBMFlowDensity(DensityMixin, BaseEstimator):
 
     def _fit(self, X: Any, sample_weight: Any) -> None:
         self._validate_params()
-        previous = getattr(self, "_fitted", None) if self.warm_start else None
+        previous = self._previous_fit()
         X = validate_data(self, X, dtype=np.float64, ensure_min_samples=2, reset=previous is None)
         if sample_weight is not None:
             sample_weight = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
         generator = _generator(self.random_state)
-        data = _folds(X, sample_weight, self.validation_fraction, self.n_estimators, generator)
+        if previous is None:
+            self._fold_seed = int(torch.randint(2**62, (1,), generator=generator))
+        folds_generator = torch.Generator().manual_seed(self._fold_seed)
+        data = _folds(X, sample_weight, self.validation_fraction, self.n_estimators, folds_generator)
         history: list[dict[str, Any]] = []
 
         def report(base: str, check: dict[str, float]) -> None:
@@ -342,6 +360,20 @@ class EBMFlowDensity(DensityMixin, BaseEstimator):
         fitted = fit_model(data, self._settings(*data.rows.shape), generator, report, previous)
         self._store(fitted, history)
         self._warn(fitted)
+
+    def _previous_fit(self) -> FittedModel | None:
+        """Return the fit to go on from, if `warm_start` asks for one, after checking that it is the same model."""
+        model_parameters = {name: getattr(self, name) for name in _MODEL_PARAMETERS}
+        previous: FittedModel | None = getattr(self, "_fitted", None) if self.warm_start else None
+        if previous is not None:
+            changed = [name for name in _MODEL_PARAMETERS if model_parameters[name] != self._model_parameters[name]]
+            if changed:
+                raise ValueError(
+                    f"warm_start goes on with the previous model, but {', '.join(changed)} changed since. Restore the "
+                    "old value, or set warm_start=False."
+                )
+        self._model_parameters = model_parameters
+        return previous
 
     def _settings(self, n_samples: int, n_features: int) -> FitSettings:
         hidden, rate = self.hidden_layer_sizes, self.learning_rate
@@ -358,7 +390,7 @@ class EBMFlowDensity(DensityMixin, BaseEstimator):
                 weight_decay=self.alpha,
                 batch_size=self.batch_size,
                 n_chains=self.n_chains,
-                pool_size=2 * self.n_chains,
+                pool_size=max(1024, 2 * self.n_chains),
                 global_kernel=self.sampler,
                 n_local_steps=self.n_local_steps,
                 early_stopping=self.early_stopping,
@@ -419,6 +451,9 @@ def _to_tensor(X: np.ndarray) -> torch.Tensor:
 
 def _generator(random_state: Any) -> torch.Generator:
     """CPU generator whose seed comes from scikit-learn's `random_state`."""
+    if random_state is None:
+        # Fresh entropy: numpy's global state, which check_random_state(None) would advance, is the user's.
+        return torch.Generator().manual_seed(int(np.random.SeedSequence().generate_state(1)[0]))
     return torch.Generator().manual_seed(int(check_random_state(random_state).randint(2**31 - 1)))
 
 
@@ -431,9 +466,9 @@ def _folds(
 ) -> Folds:
     """Merge equal rows, shuffle, and deal rows to folds; weights have mean 1 over the different rows."""
     weight = np.ones(len(X)) if sample_weight is None else sample_weight
-    if not weight.sum() > 0:
+    if not weight.max() > 0:
         raise ValueError("sample_weight is zero for every row; at least two different rows need a positive weight.")
-    X, weight = _merge_equal_rows(X[weight > 0], weight[weight > 0])
+    X, weight = _merge_equal_rows(X[weight > 0], weight[weight > 0] / weight.max())
     if len(X) < 2:
         raise ValueError(
             "All rows of positive weight are equal (1 sample in effect); a density needs at least two different rows."

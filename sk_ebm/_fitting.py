@@ -288,6 +288,8 @@ def _check_energy(energy: nn.Module, z: torch.Tensor) -> None:
     """Raise if a network of the user's own is not an energy."""
     if not isinstance(energy, nn.Module):
         raise TypeError(f"energy must build a torch.nn.Module, got {energy!r}.")
+    if not any(parameter.requires_grad for parameter in energy.parameters()):
+        raise ValueError("The energy has no parameters to train.")
     value = energy.to("cpu", z.dtype)(z)
     if value.shape != z.shape[:1]:
         raise ValueError(

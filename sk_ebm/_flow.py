@@ -1,5 +1,6 @@
 """Normalizing flows: the one place that knows normflows, and mends its dtype, generator and 1-feature limits."""
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -39,7 +40,7 @@ class CouplingFlow(Density):
         """Return the normalised log density (nats) of each row, shape (n,)."""
         log_det = z.new_zeros(len(z))
         for layer in reversed(self.layers):
-            z, log_det_layer = layer.inverse(z)
+            z, log_det_layer = _call(layer, "inverse", z)
             log_det = log_det + log_det_layer
         return _standard_normal_log_prob(z) + log_det
 
@@ -49,7 +50,7 @@ class CouplingFlow(Density):
         z = torch.randn(n_samples, self.n_features, generator=generator, device=like.device, dtype=like.dtype)
         log_prob = _standard_normal_log_prob(z)
         for layer in self.layers:
-            z, log_det_layer = layer(z)
+            z, log_det_layer = _call(layer, "forward", z)
             log_prob = log_prob - log_det_layer
         return z, log_prob
 
@@ -126,6 +127,15 @@ def _spline_layer(n_features: int, hidden_units: int, *, reverse_mask: bool) -> 
     nn.init.zeros_(last.weight)
     last.bias.data.copy_(bias.flatten())
     return layer
+
+
+def _call(layer: nn.Module, direction: str, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    try:
+        return getattr(layer, direction)(z)
+    except AssertionError:
+        # normflows asserts that a discriminant is not negative, which float32 cannot promise.
+        out, log_det = getattr(copy.deepcopy(layer).double(), direction)(z.double())
+        return out.to(z), log_det.to(z)
 
 
 def _standard_normal_log_prob(z: torch.Tensor) -> torch.Tensor:

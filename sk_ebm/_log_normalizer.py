@@ -17,7 +17,8 @@ class LogNormalizer(NamedTuple):
 def effective_sample_size(log_weight: torch.Tensor) -> torch.Tensor:
     """Return (sum w)^2 / (n sum w^2) along the last dimension, a fraction in (0, 1]; 0 if no weight is positive."""
     # In float64 and with the largest weight at one: the two sums nearly cancel.
-    weight = (log_weight - log_weight.amax(-1, keepdim=True)).double().exp()
+    log_weight = log_weight.cpu().double()
+    weight = (log_weight - log_weight.amax(-1, keepdim=True)).exp()
     fraction = weight.sum(-1).square() / (weight.shape[-1] * weight.square().sum(-1))
     return fraction.nan_to_num(nan=0.0).clamp(max=1.0)
 
@@ -37,7 +38,7 @@ def estimate_log_normalizer(log_weight: torch.Tensor) -> LogNormalizer:
     """
     n = log_weight.shape[-1]
     fraction = float(effective_sample_size(log_weight))
-    value = float(log_weight.double().logsumexp(-1)) - math.log(n)
+    value = float(log_weight.cpu().double().logsumexp(-1)) - math.log(n)
     # var(mean w) / (mean w)^2 = (1 / ESS fraction - 1) / (n - 1)
     std_error = math.sqrt(max(1 / fraction - 1, 0.0) / (n - 1)) if fraction > 0 and n > 1 else math.inf
     return LogNormalizer(value, std_error, fraction)

@@ -222,5 +222,5 @@ def _separate(log_density: LogDensity, position: torch.Tensor, generator: torch.
 
 
 def pool_effective_sample_size(model: TiltedEnsemble, pool: Pool) -> torch.Tensor:
-    """Return the mean effective sample size of the members on the pool, a fraction."""
-    return effective_sample_size(pool_log_weight(model, pool)).mean()
+    """Return the smallest effective sample size of a member on the pool, a fraction."""
+    return effective_sample_size(pool_log_weight(model, pool)).amin()

@@ -20,6 +20,8 @@ _MAX_SEARCH_ROWS = 8000
 _HOPELESS = 0.5
 # Two folds judge the settings of a mixture well enough; the mixture chosen is then fitted for every fold.
 _SEARCH_FOLDS = 2
+# EM has local optima: the mixture chosen is fitted several times, and the likeliest fit is kept.
+_FINAL_RUNS = 3
 
 
 class Bases(NamedTuple):
@@ -119,14 +121,14 @@ def _search_mixture(data: Folds, feature_map: FeatureMap, generator: torch.Gener
         best_of_type, stale = -math.inf, 0
         for n_components in _sizes(sample):
             settings = (frame, covariance_type, n_components)
-            score = cross_fit(_mixture_fitter(*settings, generator=generator, tol=1e-3), sample).score
+            score = cross_fit(_mixture_fitter(*settings, generator=generator, n_runs=1), sample).score
             if score > best_score:
                 best_score, best_settings = score, settings
             stale = 0 if score > best_of_type + 1e-3 else stale + 1
             best_of_type = max(best_of_type, score)
             if stale >= patience:
                 break
-    return cross_fit(_mixture_fitter(*best_settings, generator=generator, tol=1e-4), data)
+    return cross_fit(_mixture_fitter(*best_settings, generator=generator, n_runs=_FINAL_RUNS), data)
 
 
 def _frames(feature_map: FeatureMap) -> Iterator[tuple[torch.Tensor, str]]:
@@ -152,12 +154,14 @@ def _sizes(data: Folds) -> list[int]:
 
 
 def _mixture_fitter(
-    frame: torch.Tensor, covariance_type: str, n_components: int, *, generator: torch.Generator, tol: float
+    frame: torch.Tensor, covariance_type: str, n_components: int, *, generator: torch.Generator, n_runs: int
 ) -> Callable[[torch.Tensor, torch.Tensor], Mixture]:
     def fit(z: torch.Tensor, weight: torch.Tensor) -> Mixture:
-        mixture = fit_mixture(
-            z @ frame, weight, n_components, covariance_type=covariance_type, generator=generator, tol=tol
-        )
-        return mixture.pulled_back(frame)
+        rows, tol = z @ frame, 1e-3 if n_runs == 1 else 1e-4
+        runs = [
+            fit_mixture(rows, weight, n_components, covariance_type=covariance_type, generator=generator, tol=tol)
+            for _ in range(n_runs)
+        ]
+        return max(runs, key=lambda mixture: float(weight @ mixture.log_prob(rows))).pulled_back(frame)
 
     return fit

@@ -135,6 +135,8 @@ def fit_feature_map(x: torch.Tensor, weight: torch.Tensor, *, use_margins: bool)
     total = weight.sum()
     shift = (weight @ x) / total
     scale = ((weight @ (x - shift).square()) / total).sqrt()
+    # A feature may be constant over the rows of one fold.
+    scale = torch.where(scale > 0, scale, 1.0)
     s = (x - shift) / scale
     margins = fit_marginal_map(s, weight) if use_margins else None
     if margins is not None:
@@ -212,6 +214,8 @@ def _symmetric_whitener(covariance: torch.Tensor, n_samples: float) -> torch.Ten
     """Inverse square root of a covariance shrunk towards its diagonal, more so with few rows per feature."""
     d = len(covariance)
     shrinkage = min(1.0, 0.1 * d / n_samples)
+    variances = covariance.diagonal()
+    covariance = covariance + torch.diag((variances == 0).to(variances))
     shrunk = (1 - shrinkage) * covariance + shrinkage * torch.diag(covariance.diagonal())
     eigenvalues, eigenvectors = torch.linalg.eigh(shrunk)
     eigenvalues = eigenvalues.clamp(min=1e-8 * float(eigenvalues[-1]))

@@ -4,7 +4,7 @@ import copy
 import enum
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -42,7 +42,7 @@ class Outcome(enum.Enum):
     """How training ended, and the sentence the user reads."""
 
     CONVERGED = "the validation log-likelihood stopped improving"
-    MAX_ITER = "max_iter was reached while the validation log-likelihood was still improving"
+    MAX_ITER = "max_iter was reached"
     SAMPLER_TOO_WEAK = "the flow could no longer propose for the energy: the effective sample size stayed too low"
     NON_FINITE = "the loss became non-finite; the last good parameters were kept"
 
@@ -89,7 +89,6 @@ class Monitor:
     settings: TrainSettings
     history: list[dict[str, float]] = field(default_factory=list)
     best_score: float = -math.inf
-    best_iter: int = 0
     best: Any = None
     _reference: float = -math.inf
     _stale: int = 0
@@ -99,7 +98,7 @@ class Monitor:
         self.history.append(check)
         score = check["validation_log_likelihood"]
         if score > self.best_score or not self.settings.early_stopping:
-            self.best_score, self.best_iter, self.best = score, int(check["iteration"]), keep()
+            self.best_score, self.best = score, keep()
         if score > self._reference + self.settings.tol:
             self._reference, self._stale = score, 0
         else:
@@ -140,13 +139,18 @@ def train(
     outcome = Outcome.MAX_ITER
     iteration, rounds_at_gate = 0, 0
     check = state.validate(0)
+    if not math.isfinite(check["validation_log_likelihood"]):
+        raise ValueError(
+            "The energy is not finite on all rows before training. Check the energy for overflow, or use the default."
+        )
     monitor.record(check, state.snapshot)
+    report(check)
     for iteration in range(1, settings.max_iter + 1):
         pool = state.propose()
         state.move_chains(pool)
         if float(pool_effective_sample_size(model, pool)) >= settings.min_effective_sample_size:
             rounds_at_gate = 0
-            state.energy_steps(iteration)
+            state.energy_steps()
         else:
             rounds_at_gate += 1
             if rounds_at_gate % _ROUNDS_BEFORE_BACKING_OFF == 0:
@@ -185,7 +189,8 @@ class _TrainState:
         self.model, self.flow, self.data, self.settings, self.generator = model, flow, data, settings, generator
         self.started = time.perf_counter()
         self.average = model.frozen_copy()
-        self.train_weight = data.train_weight()
+        self.is_trained_on = (data.train_weight() > 0).to(data.rows.dtype)
+        self.has_equal_weights = bool((data.weight == data.weight[0]).all())
         self.judged = data.subset(MAX_JUDGED_ROWS)
         self.base_log_prob = model.base_log_prob(self.judged.rows)
         self.energy_parameters = [p for p in model.energies.parameters() if p.requires_grad]
@@ -213,28 +218,32 @@ class _TrainState:
         report = self.chains.move(self.model, self.proposal, pool, self.generator)
         self.reports.append(torch.stack(report))
 
-    def energy_steps(self, iteration: int) -> None:
+    def energy_steps(self) -> None:
         """Take likelihood-gradient steps against the chains, reweighted for how far the energy has moved since."""
         with torch.no_grad():
             energy_at_move = self.model.energy(self.chains.position)
         n_data = self.settings.batch_size
         for _ in range(self.settings.steps_per_iter):
             self._set_learning_rate()
-            rows = self._random_rows(len(self.data.rows), n_data)
+            rows = self._random_data_rows(n_data)
             chains = self._random_rows(self.chains.position.shape[1], self.settings.n_negative)
-            weight = self.train_weight[:, rows]
+            weight = self.is_trained_on[:, rows]
             positive = self.data.rows[rows].expand(len(self.model), -1, -1)
             energy = self.model.energy(torch.cat([positive, self.chains.position[:, chains]], dim=1))
             positive_phase = (weight * energy[:, :n_data]).sum(-1) / weight.sum(-1).clamp(min=1e-12)
             energy_of_chains = energy[:, n_data:]
             drift_weight = (energy_at_move[:, chains] - energy_of_chains.detach()).softmax(-1)
             negative_phase = (drift_weight * energy_of_chains).sum(-1)
-            loss = (positive_phase - negative_phase).sum()
-            self.energy_optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(self.energy_parameters, _MAX_GRAD_NORM)
-            self.energy_optimizer.step()
+            # A small batch may hold no row that a member trains on.
+            loss = ((positive_phase - negative_phase) * (weight.sum(-1) > 0)).sum()
+            _descend(loss, self.energy_optimizer, self.energy_parameters)
             self._update_average()
+
+    def _random_data_rows(self, n_picked: int) -> torch.Tensor:
+        """Draw rows in proportion to their weights."""
+        if self.has_equal_weights:
+            return self._random_rows(len(self.data.rows), n_picked)
+        return torch.multinomial(self.data.weight, n_picked, replacement=True, generator=self.generator)
 
     def _random_rows(self, n_rows: int, n_picked: int) -> torch.Tensor:
         return torch.randint(n_rows, (n_picked,), generator=self.generator, device=self.data.rows.device)
@@ -248,12 +257,10 @@ class _TrainState:
 
     def flow_steps(self) -> None:
         """Fit the flow to the chains by forward KL, with some data rows so that it forgets no mode."""
-        if not self.settings.n_flow_steps:
-            return
         chains = self.chains.position.flatten(0, 1)
         n_data = int(_DATA_SHARE_OF_FLOW_BATCH * self.settings.batch_size)
         for _ in range(self.settings.n_flow_steps):
-            rows = torch.multinomial(self.data.weight, n_data, replacement=True, generator=self.generator)
+            rows = self._random_data_rows(n_data)
             picks = torch.randint(
                 len(chains),
                 (self.settings.batch_size - n_data,),
@@ -261,15 +268,12 @@ class _TrainState:
                 device=chains.device,
             )
             loss = -self.flow.log_prob(torch.cat([chains[picks], self.data.rows[rows]])).mean()
-            self.flow_optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(self.flow.parameters(), _MAX_GRAD_NORM)
-            self.flow_optimizer.step()
+            _descend(loss, self.flow_optimizer, self.flow.parameters())
 
     @torch.no_grad()
     def validate(self, iteration: int) -> dict[str, float]:
         """Return held-out and training log-likelihood per row (nats) of the averaged energies."""
-        pool = draw_pool(self.proposal, 2 * self.settings.pool_size, self.generator)
+        pool = draw_pool(self.proposal, 4 * self.settings.pool_size, self.generator)
         estimates = [estimate_log_normalizer(w) for w in pool_log_weight(self.average, pool)]
         log_normalizer = torch.tensor([e.value for e in estimates]).to(self.data.rows)
         log_prob = self.base_log_prob - self.average.energy(self.judged.rows) - log_normalizer.unsqueeze(-1)
@@ -344,9 +348,15 @@ def fit_flow(
             group["lr"] = _FLOW_FIT_LEARNING_RATE * warm_up * 0.5 * (1 + math.cos(math.pi * progress))
         rows = torch.multinomial(weight, batch_size, replacement=True, generator=generator)
         loss = -flow.log_prob(z[rows]).mean()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(flow.parameters(), _MAX_GRAD_NORM)
-        optimizer.step()
+        _descend(loss, optimizer, flow.parameters())
     flow.load_state_dict(best)
     return best_score
+
+
+def _descend(loss: torch.Tensor, optimizer: torch.optim.Optimizer, parameters: Iterable[torch.Tensor]) -> None:
+    """Take one clipped gradient step, or none where the gradient is not finite; validation then sees what is wrong."""
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(parameters, _MAX_GRAD_NORM)
+    if bool(norm.isfinite()):
+        optimizer.step()

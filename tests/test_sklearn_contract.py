@@ -38,7 +38,9 @@ def fitted(X):
     return quick().fit(X)
 
 
-@parametrize_with_checks([quick(), EBMFlowDensity(base="auto", max_iter=1, n_chains=16, hidden_layer_sizes=(8,))])
+# Fifteen rows of thirty features, or one iteration, are too little for a good proposal, and the warning says so.
+@pytest.mark.filterwarnings("ignore::sk_ebm.LowEffectiveSampleSizeWarning")
+@parametrize_with_checks([quick(), quick(base="auto", max_iter=1)])
 def test_common_checks(estimator, check):
     check(estimator)
 
