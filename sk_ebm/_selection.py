@@ -14,8 +14,8 @@ from sk_ebm._types import Density
 _N_COMPONENTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 _MIN_ROWS_PER_COMPONENT = 10
 # More rows would change the fitted maps and bases too little to be worth their time and memory.
-MAX_FIT_ROWS = 20_000
-_MAX_SEARCH_ROWS = 8000
+MAX_FIT_ROWS = 8000
+_MAX_SEARCH_ROWS = 3000
 # Nats by which a Gaussian on normal-score margins may trail the best plain base and still be worth a closer look.
 _HOPELESS = 0.5
 # Two folds judge the settings of a mixture well enough; the mixture chosen is then fitted for every fold.
