@@ -56,8 +56,8 @@ class EBMFlowDensity(DensityMixin, BaseEstimator):
     ----------
     base : {"auto", "gaussian", "student_t", "mixture", "flow"}, default="auto"
         Base density q_0. "auto" trains energies on a Gaussian and on the best of the others, and mixes the
-        results with the shares that make held-out rows most likely; a base of flows joins where one flow promises
-        to win.
+        results with the shares that make held-out rows most likely; a base of flows joins where one flow beats
+        both.
     feature_map : {"auto", "standard", "marginal"}, default="auto"
         Map of the features before everything else: whitening, or normal scores of each feature and whitening.
         "auto" takes the normal scores where held-out rows become clearly more likely.
@@ -70,7 +70,7 @@ class EBMFlowDensity(DensityMixin, BaseEstimator):
         Number of energies per base; each holds out another fold of the rows, and the energies are averaged.
     flow : {"spline", "affine"}, default="spline"
         Coupling flow; "affine" is faster and less accurate.
-    max_iter : int, default=150
+    max_iter : int, default=120
         Most iterations of training; each moves the chains and takes 16 gradient steps.
     learning_rate : "auto" or float, default="auto"
         Peak learning rate of the energies; "auto" is 0.006 up to two features and falls with the square root of
@@ -201,7 +201,7 @@ class EBMFlowDensity(DensityMixin, BaseEstimator):
         hidden_layer_sizes: str | tuple[int, ...] = "auto",
         n_estimators: int = 4,
         flow: str = "spline",
-        max_iter: int = 150,
+        max_iter: int = 120,
         learning_rate: str | float = "auto",
         alpha: float = 0.1,
         batch_size: int = 256,

@@ -29,8 +29,6 @@ from sk_ebm._support import FeatureMap, fit_feature_map
 from sk_ebm._training import MAX_JUDGED_ROWS, TrainResult, TrainSettings, fit_flow, train
 from sk_ebm._types import Density
 
-# A base flow is worth its training time only if one flow comes this near (nats) to the best candidate so far.
-_FLOW_WITHIN = 0.1
 # A flow that gains less than this (nats) over a Gaussian has learnt nothing a mixture would not have.
 _MIN_FLOW_GAIN = 0.1
 _FLOW_STEPS = 300
@@ -177,13 +175,13 @@ class _Trainer:
         return candidates
 
     def _is_promising(self, flow_score: float, bases: dict[str, Bases], candidates: list[Candidate]) -> bool:
-        """Return whether one flow comes near the best candidate, both measured from the Gaussian on the same rows."""
+        """Return whether one flow beats the best candidate, each measured from the Gaussian on its own held-out rows."""
         on_fold_0 = self.judged._replace(n_members=1)
         gaussian = bases["gaussian"].members[0]
         gaussian_log_prob = gaussian.log_prob(self.judged.rows.cpu().double()).unsqueeze(0)
         flow_gain = flow_score - on_fold_0.held_out_mean(gaussian_log_prob.to(self.judged.rows))
         best_gain = max(c.result.held_out_log_likelihood for c in candidates) - bases["gaussian"].score
-        return flow_gain > max(best_gain - _FLOW_WITHIN, _MIN_FLOW_GAIN)
+        return flow_gain > max(best_gain, _MIN_FLOW_GAIN)
 
     def train(self, name: str, model: TiltedEnsemble, flow: Density) -> Candidate:
         """Train copies of the model's energies and of the flow."""

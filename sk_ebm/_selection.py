@@ -20,6 +20,8 @@ _MAX_SEARCH_ROWS = 3000
 _HOPELESS = 0.5
 # Two folds judge the settings of a mixture well enough; the mixture chosen is then fitted for every fold.
 _SEARCH_FOLDS = 2
+# Nats times the square root of the rows: how far two settings may differ by chance.
+_SCORE_NOISE = 0.2
 # EM has local optima: the mixture chosen is fitted several times, and the likeliest fit is kept.
 _FINAL_RUNS = 3
 
@@ -114,21 +116,31 @@ def _score_map_and_gaussian(data: Folds) -> float:
 def _search_mixture(data: Folds, feature_map: FeatureMap, generator: torch.Generator) -> Bases:
     """Choose the size and covariance of a Gaussian mixture by held-out likelihood, then cross-fit it."""
     sample = data.subset(_MAX_SEARCH_ROWS)._replace(n_members=min(_SEARCH_FOLDS, data.n_members))
-    best_score = -math.inf
     # With few features EM is cheap and its likelihood is bumpy in the number of components; with many, neither.
     patience = 5 if data.rows.shape[1] <= 3 else 2
+    tried: list[tuple[float, int, tuple[torch.Tensor, str, int]]] = []
     for frame, covariance_type in _frames(feature_map):
         best_of_type, stale = -math.inf, 0
         for n_components in _sizes(sample):
             settings = (frame, covariance_type, n_components)
             score = cross_fit(_mixture_fitter(*settings, generator=generator, n_runs=1), sample).score
-            if score > best_score:
-                best_score, best_settings = score, settings
+            tried.append((score, _n_parameters(covariance_type, n_components, len(frame)), settings))
             stale = 0 if score > best_of_type + 1e-3 else stale + 1
             best_of_type = max(best_of_type, score)
             if stale >= patience:
                 break
-    return cross_fit(_mixture_fitter(*best_settings, generator=generator, n_runs=_FINAL_RUNS), data)
+    # Of the settings that held-out rows can hardly tell apart, the one of fewest parameters.
+    within_noise = max(score for score, _, _ in tried) - _SCORE_NOISE / math.sqrt(len(sample.rows))
+    _, _, settings = min((t for t in tried if t[0] >= within_noise), key=lambda t: (t[1], -t[0]))
+    return cross_fit(_mixture_fitter(*settings, generator=generator, n_runs=_FINAL_RUNS), data)
+
+
+def _n_parameters(covariance_type: str, n_components: int, d: int) -> int:
+    """Count the free parameters of the means and covariances."""
+    full = d * (d + 1) // 2
+    per_covariance = {"full": full, "tied": full, "diag": d, "spherical": 1}[covariance_type.removeprefix("tied_")]
+    n_covariances = 1 if covariance_type.startswith("tied") else n_components
+    return n_components * d + n_covariances * per_covariance
 
 
 def _frames(feature_map: FeatureMap) -> Iterator[tuple[torch.Tensor, str]]:
