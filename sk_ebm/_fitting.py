@@ -175,7 +175,7 @@ class _Trainer:
         return candidates
 
     def _is_promising(self, flow_score: float, bases: dict[str, Bases], candidates: list[Candidate]) -> bool:
-        """Return whether one flow beats the best candidate, each measured from the Gaussian on its own held-out rows."""
+        """Return whether one flow beats the best candidate, each measured from the Gaussian on its held-out rows."""
         on_fold_0 = self.judged._replace(n_members=1)
         gaussian = bases["gaussian"].members[0]
         gaussian_log_prob = gaussian.log_prob(self.judged.rows.cpu().double()).unsqueeze(0)
