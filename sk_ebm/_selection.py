@@ -21,7 +21,7 @@ _HOPELESS = 0.5
 # Two folds judge the settings of a mixture well enough; the mixture chosen is then fitted for every fold.
 _SEARCH_FOLDS = 2
 # Nats times the square root of the rows: how far two settings may differ by chance.
-_SCORE_NOISE = 0.2
+_SCORE_NOISE = 0.5
 # EM has local optima: the mixture chosen is fitted several times, and the likeliest fit is kept.
 _FINAL_RUNS = 3
 
