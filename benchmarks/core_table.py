@@ -56,8 +56,8 @@ def table(rows: list[dict]) -> str:
     """Format the mean over seeds as Markdown; the best model of a task is bold."""
     models = ["KernelDensity", "GaussianMixture", "EBMFlowDensity"]
     lines = [
-        f"| KL in nats, n = {N_TRAIN} | " + " | ".join(models) + " | sd over seeds | fit seconds, longest | ESS |",
-        "| --- " * (len(models) + 4) + "|",
+        f"| KL in nats, n = {N_TRAIN} | " + " | ".join(models) + " | seeds | sd | fit seconds, longest | ESS |",
+        "| --- " * (len(models) + 5) + "|",
     ]
     finished = dict.fromkeys(row["task"] for row in rows if row["model"] == "EBMFlowDensity")
     for task in finished:
@@ -67,7 +67,9 @@ def table(rows: list[dict]) -> str:
         spread = f"{np.std([r['kl'] for r in ours]):.3f}"
         seconds = f"{max(r['fit_seconds'] for r in ours):.0f}"
         lines.append(
-            f"| {task} | " + " | ".join([*cells, spread, seconds, f"{min(r['ess'] for r in ours):.2f}"]) + " |"
+            f"| {task} | "
+            + " | ".join([*cells, str(len(ours)), spread, seconds, f"{min(r['ess'] for r in ours):.2f}"])
+            + " |"
         )
     lines.append("")
     for task in dict.fromkeys(row["task"] for row in rows if "tv_model" in row):
