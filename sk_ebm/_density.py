@@ -14,10 +14,10 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 from torch import nn
 
-from sk_ebm._energy import MLPEnergy, resolve_hidden_layer_sizes
+from sk_ebm._energy import MLPEnergies, SeparateEnergies, resolve_hidden_layer_sizes
 from sk_ebm._fitting import FitSettings, FittedModel, fit_model
 from sk_ebm._flow import make_flow
-from sk_ebm._folds import Folds
+from sk_ebm._rows import deal_to_folds
 from sk_ebm._sampler import draw_from_density
 from sk_ebm._training import Outcome, TrainSettings
 
@@ -286,7 +286,7 @@ class EBMFlowDensity(DensityMixin, BaseEstimator):
             Log densities (nats) in the units of X; all share the error `log_normalizer_std_error_`.
         """
         check_is_fitted(self)
-        X = validate_data(self, X, dtype=np.float64, reset=False)
+        X = validate_data(self, X, dtype=[np.float64, np.float32], reset=False)
         log_density = np.empty(len(X))
         with torch.no_grad():
             for start in range(0, len(X), _SCORE_CHUNK):
@@ -342,14 +342,14 @@ class EBMFlowDensity(DensityMixin, BaseEstimator):
     def _fit(self, X: Any, sample_weight: Any) -> None:
         self._validate_params()
         previous = self._previous_fit()
-        X = validate_data(self, X, dtype=np.float64, ensure_min_samples=2, reset=previous is None)
+        X = validate_data(self, X, dtype=[np.float64, np.float32], ensure_min_samples=2, reset=previous is None)
         if sample_weight is not None:
             sample_weight = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
         generator = _generator(self.random_state)
         if previous is None:
             self._fold_seed = int(torch.randint(2**62, (1,), generator=generator))
         folds_generator = torch.Generator().manual_seed(self._fold_seed)
-        data = _folds(X, sample_weight, self.validation_fraction, self.n_estimators, folds_generator)
+        data = deal_to_folds(X, sample_weight, self.validation_fraction, self.n_estimators, folds_generator)
         history: list[dict[str, Any]] = []
 
         def report(base: str, check: dict[str, float]) -> None:
@@ -381,7 +381,7 @@ class EBMFlowDensity(DensityMixin, BaseEstimator):
         return FitSettings(
             base=self.base,
             feature_map=self.feature_map,
-            make_energy=self.energy or (lambda d: MLPEnergy(d, sizes)),
+            make_energies=lambda k, d: self._own_energies(k, d) if self.energy else MLPEnergies(k, d, sizes),
             make_flow=lambda d: make_flow(self.flow, d),
             device=_resolve_device(self.device),
             train=TrainSettings(
@@ -398,6 +398,14 @@ class EBMFlowDensity(DensityMixin, BaseEstimator):
                 tol=self.tol,
             ),
         )
+
+    def _own_energies(self, n_members: int, n_features: int) -> SeparateEnergies:
+        """Build the networks of the user's `energy`."""
+        assert self.energy is not None
+        networks = [self.energy(n_features) for _ in range(n_members)]
+        if not isinstance(networks[0], nn.Module):
+            raise TypeError(f"energy must build a torch.nn.Module, got {networks[0]!r}.")
+        return SeparateEnergies(networks)
 
     def _store(self, fitted: FittedModel, history: list[dict[str, Any]]) -> None:
         self._fitted = fitted
@@ -445,7 +453,8 @@ class EBMFlowDensity(DensityMixin, BaseEstimator):
 
 
 def _to_tensor(X: np.ndarray) -> torch.Tensor:
-    """Tensor of an array that may be read-only, which torch would warn about sharing."""
+    """Float64 tensor of an array that may be read-only, which torch would warn about sharing."""
+    X = X.astype(np.float64, copy=False)
     return torch.from_numpy(X if X.flags.writeable else X.copy())
 
 
@@ -455,48 +464,6 @@ def _generator(random_state: Any) -> torch.Generator:
         # Fresh entropy: numpy's global state, which check_random_state(None) would advance, is the user's.
         return torch.Generator().manual_seed(int(np.random.SeedSequence().generate_state(1)[0]))
     return torch.Generator().manual_seed(int(check_random_state(random_state).randint(2**31 - 1)))
-
-
-def _folds(
-    X: np.ndarray,
-    sample_weight: np.ndarray | None,
-    validation_fraction: float,
-    n_estimators: int,
-    generator: torch.Generator,
-) -> Folds:
-    """Merge equal rows, shuffle, and deal rows to folds; weights have mean 1 over the different rows."""
-    weight = np.ones(len(X)) if sample_weight is None else sample_weight
-    if not weight.max() > 0:
-        raise ValueError("sample_weight is zero for every row; at least two different rows need a positive weight.")
-    X, weight = _merge_equal_rows(X[weight > 0], weight[weight > 0] / weight.max())
-    if len(X) < 2:
-        raise ValueError(
-            "All rows of positive weight are equal (1 sample in effect); a density needs at least two different rows."
-        )
-    with np.errstate(over="ignore", invalid="ignore"):
-        spread, deviation = X.max(0) - X.min(0), X.std(0)
-    constant = np.flatnonzero(spread == 0)
-    if len(constant):
-        raise ValueError(
-            f"Feature {', '.join(map(str, constant))} is constant (value {X[0, constant[0]]:g}): it has no finite "
-            "density. Drop constant features, for instance with sklearn.feature_selection.VarianceThreshold."
-        )
-    if not np.isfinite(deviation).all() or deviation.min() == 0:
-        raise ValueError(
-            f"Features span from {spread.min():g} to {spread.max():g}, too small or too large for the variance to be "
-            "a floating-point number. Rescale them."
-        )
-    order = torch.randperm(len(X), generator=generator)
-    rows = torch.from_numpy(X)[order]
-    weights = torch.from_numpy(weight * (len(X) / weight.sum()))[order]
-    n_folds = min(len(X), max(n_estimators, round(1 / validation_fraction), 2))
-    return Folds(rows, weights, torch.arange(len(X)) % n_folds, min(n_estimators, n_folds))
-
-
-def _merge_equal_rows(X: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the different rows in sorted order with their summed weights."""
-    X, inverse = np.unique(X, axis=0, return_inverse=True)
-    return X, np.bincount(inverse.ravel(), weights=weight)
 
 
 def _check_sizes(sizes: Any) -> tuple[int, ...]:

@@ -46,7 +46,7 @@ class FitSettings:
 
     base: str
     feature_map: str
-    make_energy: Callable[[int], nn.Module]
+    make_energies: Callable[[int, int], nn.Module]
     make_flow: Callable[[int], Density]
     device: torch.device
     train: TrainSettings
@@ -126,7 +126,7 @@ def estimate_log_normalizer_of(
 
 def _worthwhile_std_error(data: Folds) -> float:
     """Return an error of log Z (nats) that is small against what n rows say about the log-likelihood, 1 / sqrt(n)."""
-    return min(0.01, max(0.001, 0.06 / math.sqrt(len(data.rows))))
+    return min(0.01, max(0.001, 0.15 / math.sqrt(len(data.rows))))
 
 
 @contextmanager
@@ -221,8 +221,8 @@ class _Trainer:
 
     def _start(self, name: str, bases: list[Density], flow: Density) -> Candidate:
         with seeded_modules(self.generator):
-            energies = [self.settings.make_energy(self.data.rows.shape[1]) for _ in bases]
-        _check_energy(energies[0], self.data.rows[:2].cpu())
+            energies = self.settings.make_energies(len(bases), self.data.rows.shape[1])
+        _check_energies(energies, self.data.rows[:2].cpu())
         return self.train(name, TiltedEnsemble(bases, energies), flow)
 
     def _make_flow(self) -> Density:
@@ -258,6 +258,7 @@ def _feature_map_and_bases(
 ) -> tuple[FeatureMap, dict[str, Bases]]:
     """Resolve the feature map and the bases that cost no gradient training."""
     data = data.subset(MAX_FIT_ROWS)
+    data = data.with_rows(data.rows.double())
     others = {"auto": ("student_t", "mixture"), "flow": ()}.get(settings.base, (settings.base,))
     names = tuple(dict.fromkeys(("gaussian", *others)))
     if settings.feature_map == "auto":
@@ -276,23 +277,21 @@ def _to_z(data: Folds, feature_map: FeatureMap) -> tuple[Folds, float]:
     log_det = 0.0
     for start in range(0, len(z), _CHUNK):
         rows = slice(start, start + _CHUNK)
-        z[rows], log_det_rows = feature_map(data.rows[rows])
+        z[rows], log_det_rows = feature_map(data.rows[rows].double())
         log_det += float(data.weight[rows] @ log_det_rows)
     return data.with_rows(z), log_det / float(data.weight.sum())
 
 
 @torch.no_grad()
-def _check_energy(energy: nn.Module, z: torch.Tensor) -> None:
-    """Raise if a network of the user's own is not an energy."""
-    if not isinstance(energy, nn.Module):
-        raise TypeError(f"energy must build a torch.nn.Module, got {energy!r}.")
-    if not any(parameter.requires_grad for parameter in energy.parameters()):
+def _check_energies(energies: nn.Module, z: torch.Tensor) -> None:
+    """Raise if networks of the user's own are not energies."""
+    if not any(parameter.requires_grad for parameter in energies.parameters()):
         raise ValueError("The energy has no parameters to train.")
-    value = energy.to("cpu", z.dtype)(z)
-    if value.shape != z.shape[:1]:
+    value = energies.to("cpu", z.dtype)(z)
+    if value.shape[1:] != z.shape[:1]:
         raise ValueError(
             f"The energy must map rows of shape (n, {z.shape[1]}) to shape (n,), but for n = {len(z)} it returned "
-            f"shape {tuple(value.shape)}. Try .squeeze(-1) at the end of its forward."
+            f"shape {tuple(value.shape[1:])}. Try .squeeze(-1) at the end of its forward."
         )
     if not value.isfinite().all():
         raise ValueError(f"The energy must be finite before training, but it returned {value.tolist()}.")

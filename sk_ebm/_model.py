@@ -24,26 +24,24 @@ class TiltedEnsemble(nn.Module):
     ----------
     bases : sequence of K modules
         Normalised base densities q0_k with ``log_prob`` and ``sample``; never trained here.
-    energies : sequence of K modules
-        Networks (n, d) -> (n,).
+    energies : module
+        K networks at once, from rows (n, d) or (K, m, d) to energies (K, n) or (K, m).
     """
 
-    def __init__(self, bases: Sequence[Density], energies: Sequence[nn.Module]) -> None:
+    def __init__(self, bases: Sequence[Density], energies: nn.Module) -> None:
         super().__init__()
         self.bases = ModuleList(bases).requires_grad_(False)
-        self.energies = ModuleList(energies)
+        self.energies = energies
 
     def __len__(self) -> int:
-        return len(self.energies)
+        return len(self.bases)
 
     def energy(self, z: torch.Tensor) -> torch.Tensor:
         """Return every member's energy at shared rows z (n, d), or at its own rows z (K, m, d).
 
         The result has shape (K, n) or (K, m).
         """
-        inside = _into_ball(z)
-        rows = [inside] * len(self) if z.ndim == 2 else inside
-        return torch.stack([energy(own) for energy, own in zip(self.energies, rows, strict=True)])
+        return self.energies(_into_ball(z))
 
     def base_log_prob(self, z: torch.Tensor) -> torch.Tensor:
         """Return every member's base log density (nats), shaped as by `energy`."""
@@ -61,9 +59,7 @@ class TiltedEnsemble(nn.Module):
 
     def frozen_copy(self) -> "TiltedEnsemble":
         """Return a copy, on the same bases, whose energies no longer train."""
-        return TiltedEnsemble(
-            list(self.bases), [copy.deepcopy(energy).requires_grad_(False) for energy in self.energies]
-        )
+        return TiltedEnsemble(list(self.bases), copy.deepcopy(self.energies).requires_grad_(False))
 
 
 class StackedDensity(nn.Module):

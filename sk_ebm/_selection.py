@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from sk_ebm._base import COVARIANCE_TYPES, Mixture, fit_gaussian, fit_mixture, fit_student_t
 from sk_ebm._folds import Folds
+from sk_ebm._mixture import COVARIANCE_TYPES, fit_gaussian, fit_mixtures
+from sk_ebm._student_t import fit_student_t
 from sk_ebm._support import FeatureMap, fit_feature_map
 from sk_ebm._types import Density
 
@@ -18,10 +19,8 @@ MAX_FIT_ROWS = 8000
 _MAX_SEARCH_ROWS = 3000
 # Nats by which a Gaussian on normal-score margins may trail the best plain base and still be worth a closer look.
 _HOPELESS = 0.5
-# Two folds judge the settings of a mixture well enough; the mixture chosen is then fitted for every fold.
-_SEARCH_FOLDS = 2
-# Nats times the square root of the rows: how far two settings may differ by chance.
-_SCORE_NOISE = 0.5
+# Standard errors of the paired difference within which two settings of a mixture count as equally good.
+_PARSIMONY = 0.5
 # EM has local optima: the mixture chosen is fitted several times, and the likeliest fit is kept.
 _FINAL_RUNS = 3
 
@@ -33,18 +32,18 @@ class Bases(NamedTuple):
     score: float
 
 
-def cross_fit(fit: Callable[[torch.Tensor, torch.Tensor], Density], data: Folds) -> Bases:
+def cross_fit(fit: Callable[[torch.Tensor, torch.Tensor], Sequence[Density]], data: Folds) -> Bases:
     """Fit one density per member on the rows it may see, and score each on the rows it may not."""
-    members = [fit(data.rows, weight) for weight in data.train_weight()]
-    return Bases(members, data.held_out_mean(torch.stack([member.log_prob(data.rows) for member in members])))
+    members = list(fit(data.rows, data.train_weight()))
+    return Bases(members, data.held_out_mean(_member_log_prob(members, data.rows)))
 
 
 def cross_fit_base(name: str, data: Folds, feature_map: FeatureMap, generator: torch.Generator) -> Bases:
     """Cross-fit the base called "gaussian", "student_t" or "mixture" in z-space."""
     if name == "gaussian":
-        return cross_fit(fit_gaussian, data)
+        return cross_fit(lambda z, weights: [fit_gaussian(z, weight) for weight in weights], data)
     if name == "student_t":
-        return cross_fit(fit_student_t, data)
+        return cross_fit(lambda z, weights: [fit_student_t(z, weight) for weight in weights], data)
     return _search_mixture(data, feature_map, generator)
 
 
@@ -113,34 +112,71 @@ def _score_map_and_gaussian(data: Folds) -> float:
     return data.held_out_mean(torch.stack(log_probs))
 
 
+class _MixtureSettings(NamedTuple):
+    """Size and shape of a mixture, and the matrix from z to the coordinates in which the shape is meant."""
+
+    frame: torch.Tensor
+    covariance_type: str
+    n_components: int
+
+    def fit(self, z: torch.Tensor, weights: torch.Tensor, generator: torch.Generator, **options: Any) -> list[Density]:
+        """Fit one mixture per set of weights; the options are those of `fit_mixtures`."""
+        mixtures = fit_mixtures(
+            z @ self.frame,
+            weights,
+            self.n_components,
+            covariance_type=self.covariance_type,
+            generator=generator,
+            **options,
+        )
+        return [mixture.pulled_back(self.frame) for mixture in mixtures]
+
+    def n_parameters(self) -> int:
+        """Count the free parameters of the means and covariances."""
+        d = len(self.frame)
+        full = d * (d + 1) // 2
+        shape = self.covariance_type.removeprefix("tied_")
+        per_covariance = {"full": full, "tied": full, "diag": d, "spherical": 1}[shape]
+        return self.n_components * d + per_covariance * (1 if "tied" in self.covariance_type else self.n_components)
+
+
 def _search_mixture(data: Folds, feature_map: FeatureMap, generator: torch.Generator) -> Bases:
     """Choose the size and covariance of a Gaussian mixture by held-out likelihood, then cross-fit it."""
-    sample = data.subset(_MAX_SEARCH_ROWS)._replace(n_members=min(_SEARCH_FOLDS, data.n_members))
+    sample = data.subset(_MAX_SEARCH_ROWS)
+    is_held_out = sample.held_out_weight() > 0
+    weight = sample.held_out_weight()[is_held_out]
     # With few features EM is cheap and its likelihood is bumpy in the number of components; with many, neither.
     patience = 5 if data.rows.shape[1] <= 3 else 2
-    tried: list[tuple[float, int, tuple[torch.Tensor, str, int]]] = []
+    tried: list[tuple[_MixtureSettings, torch.Tensor]] = []
     for frame, covariance_type in _frames(feature_map):
         best_of_type, stale = -math.inf, 0
         for n_components in _sizes(sample):
-            settings = (frame, covariance_type, n_components)
-            score = cross_fit(_mixture_fitter(*settings, generator=generator, n_runs=1), sample).score
-            tried.append((score, _n_parameters(covariance_type, n_components, len(frame)), settings))
+            settings = _MixtureSettings(frame, covariance_type, n_components)
+            members = settings.fit(sample.rows, sample.train_weight(), generator, tol=1e-3)
+            held_out = _member_log_prob(members, sample.rows)[is_held_out]
+            tried.append((settings, held_out))
+            score = float(weight @ held_out) / float(weight.sum())
             stale = 0 if score > best_of_type + 1e-3 else stale + 1
             best_of_type = max(best_of_type, score)
             if stale >= patience:
                 break
-    # Of the settings that held-out rows can hardly tell apart, the one of fewest parameters.
-    within_noise = max(score for score, _, _ in tried) - _SCORE_NOISE / math.sqrt(len(sample.rows))
-    _, _, settings = min((t for t in tried if t[0] >= within_noise), key=lambda t: (t[1], -t[0]))
-    return cross_fit(_mixture_fitter(*settings, generator=generator, n_runs=_FINAL_RUNS), data)
+    chosen = _most_frugal_of_the_best(tried, weight)
+    return cross_fit(lambda z, weights: chosen.fit(z, weights, generator, n_runs=_FINAL_RUNS), data)
 
 
-def _n_parameters(covariance_type: str, n_components: int, d: int) -> int:
-    """Count the free parameters of the means and covariances."""
-    full = d * (d + 1) // 2
-    per_covariance = {"full": full, "tied": full, "diag": d, "spherical": 1}[covariance_type.removeprefix("tied_")]
-    n_covariances = 1 if covariance_type.startswith("tied") else n_components
-    return n_components * d + n_covariances * per_covariance
+def _most_frugal_of_the_best(
+    tried: Sequence[tuple[_MixtureSettings, torch.Tensor]], weight: torch.Tensor
+) -> _MixtureSettings:
+    """Return the settings of fewest parameters that held-out rows can hardly tell apart from the best."""
+    share = weight / weight.sum()
+    best = max((held_out for _, held_out in tried), key=lambda held_out: float(share @ held_out))
+    equally_good = []
+    for settings, held_out in tried:
+        loss = best - held_out
+        std_error = (share.square() @ (loss - share @ loss).square()).sqrt()
+        if float(share @ loss) <= _PARSIMONY * float(std_error):
+            equally_good.append((settings.n_parameters(), float(share @ loss), settings))
+    return min(equally_good, key=lambda entry: entry[:2])[-1]
 
 
 def _frames(feature_map: FeatureMap) -> Iterator[tuple[torch.Tensor, str]]:
@@ -165,15 +201,6 @@ def _sizes(data: Folds) -> list[int]:
     return [1] + [k for k in _N_COMPONENTS[1:] if k * _MIN_ROWS_PER_COMPONENT <= len(data.rows)]
 
 
-def _mixture_fitter(
-    frame: torch.Tensor, covariance_type: str, n_components: int, *, generator: torch.Generator, n_runs: int
-) -> Callable[[torch.Tensor, torch.Tensor], Mixture]:
-    def fit(z: torch.Tensor, weight: torch.Tensor) -> Mixture:
-        rows, tol = z @ frame, 1e-3 if n_runs == 1 else 1e-4
-        runs = [
-            fit_mixture(rows, weight, n_components, covariance_type=covariance_type, generator=generator, tol=tol)
-            for _ in range(n_runs)
-        ]
-        return max(runs, key=lambda mixture: float(weight @ mixture.log_prob(rows))).pulled_back(frame)
-
-    return fit
+def _member_log_prob(members: Sequence[Density], rows: torch.Tensor) -> torch.Tensor:
+    """Return the log density (nats) of each row under each member, shape (K, n)."""
+    return torch.stack([member.log_prob(rows) for member in members])

@@ -1,6 +1,7 @@
 """Feature map S: bijections from the user's features to whitened z-space, each with its log-Jacobian."""
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -10,6 +11,9 @@ _MAX_ITER = 200
 # Narrowest component of a marginal mixture, in standard deviations of the feature: keeps ties from becoming spikes.
 _MIN_SCALE = 0.03
 _WIDE_SCALE = 2.0
+# Sizes of a marginal mixture that may follow the best one without improvement.
+_SIZE_PATIENCE = 2
+_MAX_GROUPS = 1000
 _N_BISECTIONS = 50
 
 
@@ -148,21 +152,25 @@ def fit_feature_map(x: torch.Tensor, weight: torch.Tensor, *, use_margins: bool)
 
 def fit_marginal_map(s: torch.Tensor, weight: torch.Tensor) -> MarginalMap:
     """Fit a 1-D Gaussian mixture to every standardised feature by weighted EM, its size chosen by BIC."""
-    n_features = s.shape[1]
+    groups, n_features, total = _group(s, weight), s.shape[1], float(weight.sum())
     best_bic = torch.full((n_features,), math.inf, dtype=s.dtype, device=s.device)
+    best_size = torch.zeros(n_features, dtype=torch.long, device=s.device)
     shape = (n_features, _MAX_COMPONENTS)
     best = [torch.zeros(shape, dtype=s.dtype, device=s.device) for _ in range(2)]
     best.append(torch.ones(shape, dtype=s.dtype, device=s.device))
-    order = s.argsort(0)
     for n_components in range(1, _MAX_COMPONENTS + 1):
-        fitted, log_likelihood = _fit_margins(s, weight, n_components, order)
-        bic = (3 * n_components - 1) * math.log(float(weight.sum())) - 2 * log_likelihood
-        is_better = bic < best_bic
-        best_bic = torch.where(is_better, bic, best_bic)
+        searched = (n_components - best_size <= _SIZE_PATIENCE).nonzero().squeeze(-1)
+        if not len(searched):
+            break
+        fitted, log_likelihood = _fit_margins(_Groups(*(part[:, searched] for part in groups)), n_components)
+        bic = (3 * n_components - 1) * math.log(total) - 2 * log_likelihood
+        is_better = bic < best_bic[searched]
+        improved = searched[is_better]
+        best_bic[improved], best_size[improved] = bic[is_better], n_components
         for kept, new, unused in zip(best, fitted, (0.0, 0.0, 1.0), strict=True):
             padded = nn.functional.pad(new, (0, _MAX_COMPONENTS - n_components), value=unused)
-            kept[is_better] = padded[is_better]
-    return MarginalMap(*_with_wide_component(*best, n_samples=float(weight.sum())))
+            kept[improved] = padded[is_better]
+    return MarginalMap(*_with_wide_component(*best, n_samples=total))
 
 
 def _with_wide_component(
@@ -178,32 +186,57 @@ def _with_wide_component(
     )
 
 
+class _Groups(NamedTuple):
+    """Neighbouring values of each feature: their weight, mean and variance, each of shape (g, d), sorted."""
+
+    weight: torch.Tensor
+    mean: torch.Tensor
+    variance: torch.Tensor
+
+
+def _group(s: torch.Tensor, weight: torch.Tensor) -> _Groups:
+    """Sort each feature and pool neighbours, so that EM costs the same however many rows there are."""
+    ordered, order = s.sort(0)
+    ordered_weight = weight[order]
+    n_rows, n_features = s.shape
+    n_groups = min(n_rows, _MAX_GROUPS)
+    label = (torch.arange(n_rows, device=s.device) * n_groups // n_rows).unsqueeze(-1).expand(-1, n_features)
+
+    def pooled(values: torch.Tensor) -> torch.Tensor:
+        return values.new_zeros(n_groups, n_features).scatter_add_(0, label, values)
+
+    total = pooled(ordered_weight)
+    safe = total.clamp(min=1e-12)
+    mean = pooled(ordered_weight * ordered) / safe
+    variance = pooled(ordered_weight * (ordered - mean.gather(0, label)).square()) / safe
+    return _Groups(total, mean, variance)
+
+
 def _fit_margins(
-    s: torch.Tensor, weight: torch.Tensor, n_components: int, order: torch.Tensor
+    groups: _Groups, n_components: int
 ) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
     """Run EM on all features at once; return (proportions, means, scales) and the log-likelihoods (d,)."""
-    n_features = s.shape[1]
-    # Start from equal-mass slices of the sorted feature; a row across a border is shared, so that a weight
+    weight, mean, variance = (part.unsqueeze(-1) for part in groups)
+    total = groups.weight.sum(0)
+    # Start from equal-mass slices of the sorted feature; a group across a border is shared, so that a weight
     # does what repetition does.
-    ordered = weight[order].unsqueeze(-1)
-    stop = ordered.cumsum(0)
-    edges = stop[-1] * torch.arange(n_components + 1, dtype=s.dtype, device=s.device) / n_components
-    overlap = (torch.minimum(stop, edges[:, 1:]) - torch.maximum(stop - ordered, edges[:, :-1])).clamp(min=0)
-    share = torch.where(ordered > 0, overlap / ordered, 0.0)
-    responsibility = torch.empty_like(share).scatter_(0, order.unsqueeze(-1).expand_as(share), share)
-    previous = torch.full((n_features,), -math.inf, dtype=s.dtype, device=s.device)
+    stop = weight.cumsum(0)
+    edges = stop[-1] * torch.arange(n_components + 1, dtype=weight.dtype, device=weight.device) / n_components
+    overlap = (torch.minimum(stop, edges[:, 1:]) - torch.maximum(stop - weight, edges[:, :-1])).clamp(min=0)
+    responsibility = torch.where(weight > 0, overlap / weight, 0.0)
+    previous = torch.full_like(total, -math.inf)
     for _ in range(_MAX_ITER):
-        mass = weight.reshape(-1, 1, 1) * responsibility
+        mass = weight * responsibility
         counts = mass.sum(0) + 1e-9
-        means = (mass * s.unsqueeze(-1)).sum(0) / counts
-        variance = (mass * (s.unsqueeze(-1) - means).square()).sum(0) / counts
-        scales = variance.sqrt().clamp(min=_MIN_SCALE)
+        means = (mass * mean).sum(0) / counts
+        scales = ((mass * ((mean - means).square() + variance)).sum(0) / counts).sqrt().clamp(min=_MIN_SCALE)
         proportions = counts / counts.sum(-1, keepdim=True)
-        standardised = (s.unsqueeze(-1) - means) / scales
-        joint = (proportions / scales).log() - 0.5 * standardised.square() - 0.5 * math.log(2 * math.pi)
+        # The mean log density over a group whose values spread by its variance.
+        distance = ((mean - means).square() + variance) / scales.square()
+        joint = (proportions / scales).log() - 0.5 * distance - 0.5 * math.log(2 * math.pi)
         log_prob = joint.logsumexp(-1)
-        log_likelihood = weight @ log_prob
-        if bool((log_likelihood - previous < 1e-5 * weight.sum()).all()):
+        log_likelihood = (groups.weight * log_prob).sum(0)
+        if bool((log_likelihood - previous < 1e-5 * total).all()):
             break
         previous = log_likelihood
         responsibility = (joint - log_prob.unsqueeze(-1)).exp()

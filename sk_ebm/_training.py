@@ -195,9 +195,13 @@ class _TrainState:
         self.base_log_prob = model.base_log_prob(self.judged.rows)
         self.energy_parameters = [p for p in model.energies.parameters() if p.requires_grad]
         self.energy_optimizer = torch.optim.AdamW(
-            self.energy_parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, betas=(0.9, 0.98)
+            self.energy_parameters,
+            lr=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            betas=(0.9, 0.98),
+            fused=True,
         )
-        self.flow_optimizer = torch.optim.AdamW(flow.parameters(), lr=_FLOW_LEARNING_RATE)
+        self.flow_optimizer = torch.optim.AdamW(flow.parameters(), lr=_FLOW_LEARNING_RATE, fused=True)
         self.proposal = defensive_proposal(flow, list(model.bases), settings.defensive_fraction)
         pool = self.propose()
         self.chains = Chains(
@@ -329,7 +333,7 @@ def fit_flow(
     float
         Best held-out log-likelihood per row (nats).
     """
-    optimizer = torch.optim.AdamW(flow.parameters(), lr=_FLOW_FIT_LEARNING_RATE, weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(flow.parameters(), lr=_FLOW_FIT_LEARNING_RATE, weight_decay=1e-4, fused=True)
     held_out = held_out_weight > 0
     z_held_out, weight_held_out = z[held_out][:4096], held_out_weight[held_out][:4096]
     best_score, best, stale = -math.inf, copy.deepcopy(flow.state_dict()), 0

@@ -10,7 +10,8 @@ from helpers import global_rng_untouched, integral, normal, seeded
 from scipy import stats
 from sklearn.mixture import GaussianMixture
 
-from sk_ebm._base import COVARIANCE_TYPES, fit_gaussian, fit_mixture, fit_student_t
+from sk_ebm._mixture import COVARIANCE_TYPES, fit_gaussian, fit_mixtures
+from sk_ebm._student_t import fit_student_t
 
 BASES = ["gaussian", *COVARIANCE_TYPES, "student_t"]
 CENTERS = torch.tensor([[-3.0, 0.0, 1.0], [3.0, 1.0, -1.0], [0.0, 6.0, 0.0]]).double()
@@ -23,7 +24,7 @@ def fit(name, z, weight=None, *, n_components=3, seed=0):
         return fit_gaussian(z, weight)
     if name == "student_t":
         return fit_student_t(z, weight)
-    return fit_mixture(z, weight, n_components, covariance_type=name, generator=seeded(seed))
+    return fit_mixtures(z, weight[None], n_components, covariance_type=name, generator=seeded(seed))[0]
 
 
 def clusters(n=300, n_features=2, seed=0):

@@ -314,7 +314,7 @@ class Quadratic(nn.Module):
 
 def test_own_energy_is_trained():
     model = quick(energy=Quadratic).fit(two_clusters(100, 2))
-    energies = model.density_.ensembles[0].energies
+    energies = model.density_.ensembles[0].energies.networks
     assert isinstance(energies[0], Quadratic)
     assert len(energies) == 2
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from sk_ebm._base import fit_gaussian
-from sk_ebm._energy import MLPEnergy, resolve_hidden_layer_sizes
+from sk_ebm._energy import MLPEnergies, resolve_hidden_layer_sizes
+from sk_ebm._mixture import fit_gaussian
 from sk_ebm._model import StackedDensity, TiltedEnsemble
 
 
@@ -15,9 +15,8 @@ def ensemble(n_members=2, n_features=2, seed=0):
     """Ensemble whose energies are not zero, in float64."""
     torch_state = torch.get_rng_state()
     torch.default_generator.manual_seed(seed)
-    energies = [MLPEnergy(n_features, (8,)) for _ in range(n_members)]
-    for energy in energies:
-        nn.init.normal_(energy.layers[-1].weight)
+    energies = MLPEnergies(n_members, n_features, (8,))
+    nn.init.normal_(energies.weights[-1])
     z = torch.randn(50 * n_members, n_features, dtype=torch.float64)
     torch.set_rng_state(torch_state)
     bases = [fit_gaussian(part, torch.ones(50, dtype=torch.float64)) for part in z.split(50)]
@@ -54,7 +53,7 @@ def test_frozen_copy_does_not_follow_the_original():
     model, z = ensemble(2)
     copy = model.frozen_copy()
     before = copy.energy(z)
-    nn.init.zeros_(model.energies[0].layers[-1].weight)
+    nn.init.zeros_(model.energies.weights[-1])
     torch.testing.assert_close(copy.energy(z), before)
     assert not any(parameter.requires_grad for parameter in copy.parameters())
 
@@ -68,7 +67,7 @@ def test_energies_are_bounded_however_far_out():
 
 def test_untrained_energy_is_zero():
     z = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(MLPEnergy(3, (4, 4))(z), torch.zeros(5))
+    assert torch.equal(MLPEnergies(2, 3, (4, 4))(z), torch.zeros(2, 5))
 
 
 @pytest.mark.parametrize(("n_samples", "width"), [(20, 64), (1000, 64), (10_000, 192), (10**7, 256)])

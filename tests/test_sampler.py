@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from sk_ebm._base import fit_gaussian, fit_mixture
 from sk_ebm._flow import make_flow
+from sk_ebm._mixture import fit_gaussian, fit_mixtures
 from sk_ebm._model import TiltedEnsemble
 from sk_ebm._sampler import (
     Chains,
@@ -93,7 +93,7 @@ def test_step_size_adapts_towards_its_target(model, proposal, generator):
 def test_draws_follow_a_density_with_unequal_modes(generator):
     modes = torch.tensor([[-3.0, 0.0]] * 300 + [[3.0, 0.0]] * 100, dtype=torch.float64)
     rows = modes + 0.5 * torch.randn(400, 2, dtype=torch.float64, generator=generator)
-    target = fit_mixture(rows, torch.ones(400).double(), 2, covariance_type="full", generator=generator)
+    target = fit_mixtures(rows, torch.ones(1, 400).double(), 2, covariance_type="full", generator=generator)[0]
     wide = fit_gaussian(rows, torch.ones(400).double())
     proposal = defensive_proposal(make_flow("spline", 2).double(), [wide], 0.9)
     draws = draw_from_density(target.log_prob, proposal, 20_000, generator)

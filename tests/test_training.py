@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from sk_ebm._base import fit_gaussian
-from sk_ebm._energy import MLPEnergy
+from sk_ebm._energy import MLPEnergies, SeparateEnergies
 from sk_ebm._flow import make_flow
 from sk_ebm._folds import Folds
+from sk_ebm._mixture import fit_gaussian
 from sk_ebm._model import TiltedEnsemble
 from sk_ebm._training import Monitor, Outcome, TrainSettings, fit_flow, train
 
@@ -32,7 +32,7 @@ def settings(**changes):
     return TrainSettings(**{**SETTINGS, **changes})
 
 
-def problem(make_energy=lambda d: MLPEnergy(d, (32, 32)), n_members=2):
+def problem(make_energy=None, n_members=2):
     """Two clusters, Gaussian bases and a flow at the identity."""
     generator = torch.Generator().manual_seed(0)
     z = torch.randn(400, 2, generator=generator) * 0.3 + 2.0 * (torch.rand(400, 1, generator=generator) < 0.5) - 1
@@ -40,7 +40,8 @@ def problem(make_energy=lambda d: MLPEnergy(d, (32, 32)), n_members=2):
     bases = [fit_gaussian(z, weight) for weight in data.train_weight()]
     state = torch.get_rng_state()
     torch.default_generator.manual_seed(0)
-    model = TiltedEnsemble(bases, [make_energy(2) for _ in bases])
+    own = make_energy and SeparateEnergies([make_energy(2) for _ in bases])
+    model = TiltedEnsemble(bases, own or MLPEnergies(n_members, 2, (32, 32)))
     flow = make_flow("spline", 2)
     torch.set_rng_state(state)
     return model, flow, data, generator

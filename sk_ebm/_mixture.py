@@ -1,0 +1,307 @@
+"""Gaussian mixtures, fitted by weighted EM: many at once, on the same rows with different weights.
+
+A row of weight 2 counts twice, a row of weight 0 not at all.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from sk_ebm._types import Density
+
+COVARIANCE_TYPES = ("full", "tied", "diag", "tied_diag", "spherical", "tied_spherical")
+_MAX_ITER = 200
+_KMEANS_RUNS = 4
+_KMEANS_ITER = 10
+_MIN_VARIANCE = 1e-6
+# Rows that a component without any is taken to have at the overall mean.
+_LOST_COUNT = 1e-3
+# Memory: how many values of the quadratic features are held at once.
+_MAX_FEATURE_VALUES = 20_000_000
+# Pseudo-counts of the prior that pulls every covariance a little towards a sphere: fits stay positive
+# definite with fewer rows than features.
+_PRIOR_COUNT = 1.0
+
+
+class Mixture(Density):
+    """Mixture of Gaussians with full Cholesky factors; one component is a plain Gaussian.
+
+    Parameters
+    ----------
+    log_proportions : tensor of shape (k,)
+        Logarithms of the mixture proportions.
+    means : tensor of shape (k, d)
+        Component means.
+    scale_trils : tensor of shape (k, d, d)
+        Lower Cholesky factors of the component covariances.
+    """
+
+    log_proportions: torch.Tensor
+    means: torch.Tensor
+    scale_trils: torch.Tensor
+    whiteners: torch.Tensor
+
+    def __init__(self, log_proportions: torch.Tensor, means: torch.Tensor, scale_trils: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("log_proportions", log_proportions)
+        self.register_buffer("means", means)
+        self.register_buffer("scale_trils", scale_trils)
+        self.register_buffer("whiteners", inverse_tril(scale_trils))
+
+    def component_log_prob(self, z: torch.Tensor) -> torch.Tensor:
+        """Return log(proportion) + log density (nats) of each row under each component, shape (n, k)."""
+        n_components, d = self.means.shape
+        # (z - mean) W^T for all components in one matrix product: flattening to (n, k d) is fastest on CPU.
+        whiteners = self.whiteners.reshape(n_components * d, d)
+        offsets = (self.whiteners @ self.means.unsqueeze(-1)).reshape(n_components * d)
+        scaled = (z @ whiteners.T - offsets).reshape(len(z), n_components, d)
+        log_det = self.whiteners.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        return self.log_proportions + log_det - 0.5 * (scaled.square().sum(-1) + d * math.log(2 * math.pi))
+
+    def log_prob(self, z: torch.Tensor) -> torch.Tensor:
+        """Return the normalised log density (nats) of each row, shape (n,)."""
+        return self.component_log_prob(z).logsumexp(-1)
+
+    def pulled_back(self, matrix: torch.Tensor) -> "Mixture":
+        """Return the density of z when this one is the density of ``z @ matrix``."""
+        inverse = torch.linalg.inv(matrix)
+        factors = inverse.T @ self.scale_trils
+        return Mixture(self.log_proportions, self.means @ inverse, cholesky(factors @ factors.mT))
+
+    def sample(self, n_samples: int, generator: torch.Generator) -> torch.Tensor:
+        """Draw `n_samples` rows."""
+        component = torch.multinomial(self.log_proportions.exp(), n_samples, replacement=True, generator=generator)
+        noise = torch.randn(
+            n_samples, self.means.shape[-1], generator=generator, device=self.means.device, dtype=self.means.dtype
+        )
+        z = torch.empty_like(noise)
+        for k in range(len(self.means)):
+            rows = component == k
+            z[rows] = self.means[k] + noise[rows] @ self.scale_trils[k].T
+        return z
+
+
+def fit_gaussian(z: torch.Tensor, weight: torch.Tensor) -> Mixture:
+    """Fit one full-covariance Gaussian by weighted maximum a posteriori."""
+    total, d = weight.sum(), z.shape[1]
+    mean = (weight @ z) / total
+    scatter = (weight.unsqueeze(-1) * (z - mean)).T @ (z - mean)
+    sphere = (scatter.diagonal().mean() / total).clamp(min=_MIN_VARIANCE) * torch.eye(d, dtype=z.dtype, device=z.device)
+    covariance = (scatter + _PRIOR_COUNT * sphere) / (total + _PRIOR_COUNT)
+    return Mixture(mean.new_zeros(1), mean[None], cholesky(covariance)[None])
+
+
+def fit_mixtures(
+    z: torch.Tensor,
+    weight: torch.Tensor,
+    n_components: int,
+    *,
+    covariance_type: str,
+    generator: torch.Generator,
+    n_runs: int = 1,
+    tol: float = 1e-4,
+) -> list[Mixture]:
+    """Fit one Gaussian mixture per set of weights by EM from k-means++ starts.
+
+    Parameters
+    ----------
+    z : tensor of shape (n, d)
+        Rows.
+    weight : tensor of shape (B, n)
+        Non-negative row weights of each mixture.
+    n_components : int
+        Number of components.
+    covariance_type : one of COVARIANCE_TYPES
+        Shape of the component covariances; "tied" ones are the same for every component.
+    generator : torch.Generator
+        Source of randomness.
+    n_runs : int
+        Starts per mixture, of which the likeliest fit is kept: EM has local optima.
+    tol : float
+        EM stops when the mean log-likelihood (nats) of every fit gains less than this.
+
+    Returns
+    -------
+    list of B Mixture
+    """
+    em = _BatchedEM(z, weight.repeat_interleave(n_runs, 0), n_components, covariance_type)
+    log_likelihood = em.run(_kmeans_labels(z, em.weight, n_components, generator), tol)
+    best = log_likelihood.reshape(-1, n_runs).argmax(-1) + n_runs * torch.arange(len(weight), device=z.device)
+    return [Mixture(em.log_proportions[b], em.means[b], em.scale_trils[b]) for b in best]
+
+
+class _BatchedEM:
+    """EM on B mixtures of k components at once.
+
+    A Gaussian's log density is linear in the features (z_i z_j, z, 1), and its moments are weighted sums of
+    them: both steps are one matrix product for all mixtures and components.
+    """
+
+    def __init__(self, z: torch.Tensor, weight: torch.Tensor, n_components: int, covariance_type: str) -> None:
+        self.z, self.weight, self.n_components, self.covariance_type = z, weight, n_components, covariance_type
+        self.total = weight.sum(-1)
+        self.has_products = covariance_type in ("full", "tied")
+        d = z.shape[1]
+        index = torch.triu_indices(d, d, device=z.device) if self.has_products else torch.arange(d).expand(2, d)
+        self.row, self.column = index[0].to(z.device), index[1].to(z.device)
+        self.chunk = max(1, _MAX_FEATURE_VALUES // (len(self.row) + d + 1))
+
+    def run(self, labels: torch.Tensor, tol: float) -> torch.Tensor:
+        """Iterate from hard labels (B, n); return the mean log-likelihoods (B,)."""
+        self._maximise(self._moments_of(labels))
+        previous = self.z.new_full((len(self.weight),), -math.inf)
+        for _ in range(_MAX_ITER):
+            moments, log_likelihood = self._expect()
+            if bool((log_likelihood - previous < tol).all()):
+                break
+            previous = log_likelihood
+            self._maximise(moments)
+        return log_likelihood
+
+    def _features(self, z: torch.Tensor) -> torch.Tensor:
+        return torch.cat([z[:, self.row] * z[:, self.column], z, torch.ones_like(z[:, :1])], dim=1)
+
+    def _moments_of(self, labels: torch.Tensor) -> torch.Tensor:
+        """Return the summed features (B, k, F) of the rows of each label."""
+        moments = self.z.new_zeros(())
+        for z, weight, label in self._chunks(labels):
+            mass = weight.unsqueeze(1) * nn.functional.one_hot(label, self.n_components).mT
+            moments = moments + (mass.flatten(0, 1) @ self._features(z))
+        return moments.reshape(len(self.weight), self.n_components, -1)
+
+    def _expect(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the summed features (B, k, F) weighted by responsibility, and the mean log-likelihoods (B,)."""
+        coefficients = self._coefficients()
+        moments, log_likelihood = self.z.new_zeros(()), self.z.new_zeros(())
+        for z, weight, _ in self._chunks(self.weight):
+            features = self._features(z)
+            joint = (coefficients @ features.T).reshape(len(weight), self.n_components, -1)
+            log_prob = joint.logsumexp(1, keepdim=True)
+            log_likelihood = log_likelihood + (weight * log_prob.squeeze(1)).sum(-1)
+            mass = weight.unsqueeze(1) * (joint - log_prob).exp_()
+            moments = moments + (mass.flatten(0, 1) @ features)
+        return moments.reshape(len(self.weight), self.n_components, -1), log_likelihood / self.total
+
+    def _chunks(self, extra: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        return zip(
+            self.z.split(self.chunk),
+            self.weight.split(self.chunk, dim=1),
+            extra.split(self.chunk, dim=1),
+            strict=True,
+        )
+
+    def _coefficients(self) -> torch.Tensor:
+        """Return log(proportion) + log density of every component as coefficients (B k, F) of the features."""
+        d = self.z.shape[1]
+        whitener = inverse_tril(self.scale_trils)
+        precision = whitener.mT @ whitener
+        linear = (precision @ self.means.unsqueeze(-1)).squeeze(-1)
+        is_square = (self.row == self.column).to(precision)
+        quadratic = precision[..., self.row, self.column] * (0.5 * is_square - 1)
+        constant = self.log_proportions + whitener.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        constant = constant - 0.5 * ((linear * self.means).sum(-1) + d * math.log(2 * math.pi))
+        return torch.cat([quadratic, linear, constant.unsqueeze(-1)], dim=-1).flatten(0, 1)
+
+    def _maximise(self, moments: torch.Tensor) -> None:
+        """Set the parameters to those that the summed features (B, k, F) make most likely."""
+        d = self.z.shape[1]
+        second, first, counts = moments[..., : len(self.row)], moments[..., len(self.row) : -1], moments[..., -1:]
+        overall_mean = first.sum(1, keepdim=True) / self.total.reshape(-1, 1, 1)
+        # A component that lost its rows falls back on the overall mean and the pooled covariance.
+        self.means = (first + _LOST_COUNT * overall_mean) / (counts + _LOST_COUNT)
+        self.log_proportions = ((counts + _LOST_COUNT) / (counts + _LOST_COUNT).sum(1, keepdim=True)).log().squeeze(-1)
+        products = second.new_zeros(*second.shape[:2], d, d)
+        products[..., self.row, self.column] = second
+        products[..., self.column, self.row] = second
+        cross = self.means.unsqueeze(-1) * first.unsqueeze(-2)
+        outer = self.means.unsqueeze(-1) * self.means.unsqueeze(-2)
+        scatter = products - cross - cross.mT + counts.unsqueeze(-1) * outer
+        if not self.has_products:
+            scatter = torch.diag_embed(scatter.diagonal(dim1=-2, dim2=-1))
+        self.scale_trils = cholesky(self._covariances(scatter, counts.unsqueeze(-1)))
+
+    def _covariances(self, scatter: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        """Return the covariances (B, k, d, d), pulled a little to the pooled one, in the shape of their type."""
+        eye = torch.eye(scatter.shape[-1], dtype=scatter.dtype, device=scatter.device)
+        total = self.total.reshape(-1, 1, 1, 1)
+        within = scatter.sum(1, keepdim=True)
+        sphere = (_mean_diagonal(within) / total).clamp(min=_MIN_VARIANCE) * eye
+        pooled = (within + _PRIOR_COUNT * sphere) / (total + _PRIOR_COUNT)
+        if self.covariance_type.startswith("tied"):
+            covariances = pooled.expand_as(scatter)
+        else:
+            covariances = (scatter + _PRIOR_COUNT * pooled) / (counts + _PRIOR_COUNT)
+        if self.covariance_type.endswith("spherical"):
+            covariances = _mean_diagonal(covariances) * eye
+        return covariances
+
+
+def _kmeans_labels(
+    z: torch.Tensor, weight: torch.Tensor, n_components: int, generator: torch.Generator
+) -> torch.Tensor:
+    """Return labels (B, n) of the best of a few k-means runs for each set of weights (B, n)."""
+    if n_components == 1:
+        return torch.zeros(weight.shape, dtype=torch.long, device=z.device)
+    runs = weight.repeat_interleave(_KMEANS_RUNS, 0)
+    square = z.square().sum(-1)
+    center = _kmeans_plus_plus(z, runs, n_components, generator)
+    for _ in range(_KMEANS_ITER):
+        label = _nearest(z, center)
+        mass = runs.unsqueeze(1) * nn.functional.one_hot(label, n_components).mT
+        counts = mass.sum(-1, keepdim=True)
+        center = torch.where(counts > 0, (mass @ z) / counts.clamp(min=1e-12), center)
+    near = center.gather(1, label.unsqueeze(-1).expand(-1, -1, z.shape[1]))
+    inertia = (runs * (square + near.square().sum(-1) - 2 * (near * z).sum(-1))).sum(-1)
+    best = inertia.reshape(-1, _KMEANS_RUNS).argmin(-1) + _KMEANS_RUNS * torch.arange(len(weight), device=z.device)
+    return label[best]
+
+
+def _nearest(z: torch.Tensor, center: torch.Tensor) -> torch.Tensor:
+    """Return the index (B, n) of the nearest of the centers (B, k, d)."""
+    return (center @ z.T - 0.5 * center.square().sum(-1, keepdim=True)).argmax(1)
+
+
+def _kmeans_plus_plus(
+    z: torch.Tensor, weight: torch.Tensor, n_components: int, generator: torch.Generator
+) -> torch.Tensor:
+    """Choose centers (B, k, d) greedily: of a few rows drawn by squared distance, the one that helps most."""
+    n_trials = 2 + int(math.log(n_components))
+    square = z.square().sum(-1)
+    distance = torch.ones_like(weight)
+    centers: list[torch.Tensor] = []
+    for _ in range(n_components):
+        probability = weight * distance
+        probability = torch.where(probability.sum(-1, keepdim=True) > 0, probability, weight)
+        index = torch.multinomial(probability, n_trials, replacement=True, generator=generator)
+        trials = z[index]
+        to_trial = (square - 2 * (trials @ z.T) + square[index].unsqueeze(-1)).clamp(min=0)
+        distances = torch.minimum(distance.unsqueeze(1), to_trial) if centers else to_trial
+        best = (weight.unsqueeze(1) * distances).sum(-1).argmin(-1)
+        pick = torch.arange(len(weight), device=z.device), best
+        centers.append(trials[pick])
+        distance = distances[pick]
+    return torch.stack(centers, dim=1)
+
+
+def _mean_diagonal(matrix: torch.Tensor) -> torch.Tensor:
+    """Return the mean of the diagonal, kept as two dimensions of one."""
+    return matrix.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+
+
+def inverse_tril(factor: torch.Tensor) -> torch.Tensor:
+    """Invert lower triangular matrices."""
+    identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device).expand_as(factor)
+    return torch.linalg.solve_triangular(factor, identity, upper=False)
+
+
+def cholesky(covariance: torch.Tensor) -> torch.Tensor:
+    """Cholesky factor of a covariance whose smallest eigenvalues rounding may have made negative."""
+    diagonal = covariance.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+    eye = torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
+    for jitter in (1e-9, 1e-6, 1e-4, 1e-2):
+        factor, info = torch.linalg.cholesky_ex(covariance + jitter * diagonal * eye)
+        if not bool(info.any()):
+            return factor
+    return torch.linalg.cholesky(torch.diag_embed(covariance.diagonal(dim1=-2, dim2=-1)))

@@ -1,0 +1,81 @@
+"""From arrays to folds: merge equal rows, check that a density exists, shuffle, and deal."""
+
+import numpy as np
+import torch
+
+from sk_ebm._folds import Folds
+
+# Odd constants of the hash of a row, from the 64-bit variant of Fowler, Noll and Vo.
+_HASH_START = np.uint64(0xCBF29CE484222325)
+_HASH_FACTOR = np.uint64(0x100000001B3)
+
+
+def deal_to_folds(
+    X: np.ndarray,
+    sample_weight: np.ndarray | None,
+    validation_fraction: float,
+    n_estimators: int,
+    generator: torch.Generator,
+) -> Folds:
+    """Merge equal rows, shuffle, and deal rows to folds; weights have mean 1 over the different rows."""
+    if sample_weight is not None:
+        if not sample_weight.max() > 0:
+            raise ValueError("sample_weight is zero for every row; at least two different rows need a positive weight.")
+        if sample_weight.min() == 0:
+            X, sample_weight = X[sample_weight > 0], sample_weight[sample_weight > 0]
+        sample_weight = sample_weight / sample_weight.max()
+    kept, weight = _merge_equal_rows(X, sample_weight)
+    if len(kept) < 2:
+        raise ValueError(
+            "All rows of positive weight are equal (1 sample in effect); a density needs at least two different rows."
+        )
+    _check_spread(X)
+    order = torch.randperm(len(kept), generator=generator).numpy()
+    weights = torch.from_numpy(weight * (len(weight) / weight.sum()))[order]
+    n_folds = min(len(kept), max(n_estimators, round(1 / validation_fraction), 2))
+    fold = torch.arange(len(kept)) % n_folds
+    return Folds(torch.from_numpy(X[kept[order]]), weights, fold, min(n_estimators, n_folds))
+
+
+def _merge_equal_rows(X: np.ndarray, weight: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Return the index of one row of each kind, in lexical order, and their summed weights."""
+    _, first, inverse = np.unique(_hash_rows(X), return_index=True, return_inverse=True)
+    if not all(np.array_equal(column, column[first][inverse]) for column in X.T):
+        # Two different rows share a hash: rare enough to compare whole rows, slowly.
+        _, first, inverse = np.unique(X, axis=0, return_index=True, return_inverse=True)
+    weight = np.bincount(inverse.ravel(), weights=weight, minlength=len(first)).astype(np.float64)
+    # An order that depends neither on the order of X nor on its units.
+    order = np.argsort(X[first, 0], kind="stable")
+    if (np.diff(X[first[order], 0]) == 0).any():
+        order = np.lexsort(X[first].T[::-1])
+    return first[order], weight[order]
+
+
+def _hash_rows(X: np.ndarray) -> np.ndarray:
+    """Hash each row: sorting the hashes is far faster than sorting rows."""
+    key = np.full(len(X), _HASH_START)
+    for column in X.T:
+        # Adding zero turns -0.0, which equals 0.0, into it.
+        bits = (column + 0.0).view(np.uint64 if X.dtype == np.float64 else np.uint32).astype(np.uint64)
+        bits ^= bits >> np.uint64(32)
+        key = (key ^ bits) * _HASH_FACTOR
+        key ^= key >> np.uint64(29)
+    return key
+
+
+def _check_spread(X: np.ndarray) -> None:
+    """Raise if a feature is constant, or if its variance is no floating-point number."""
+    low, high = X.min(0), X.max(0)
+    constant = np.flatnonzero(low == high)
+    if len(constant):
+        raise ValueError(
+            f"Feature {', '.join(map(str, constant))} is constant (value {X[0, constant[0]]:g}): it has no finite "
+            "density. Drop constant features, for instance with sklearn.feature_selection.VarianceThreshold."
+        )
+    with np.errstate(over="ignore", invalid="ignore"):
+        spread, deviation = high - low, np.array([column.std(dtype=np.float64) for column in X.T])
+    if not np.isfinite(deviation).all() or deviation.min() == 0:
+        raise ValueError(
+            f"Features span from {spread.min():g} to {spread.max():g}, too small or too large for the variance to be "
+            "a floating-point number. Rescale them."
+        )
