@@ -31,6 +31,8 @@ from sk_ebm._types import Density
 
 # A flow that gains less than this (nats) over a Gaussian has learnt nothing a mixture would not have.
 _MIN_FLOW_GAIN = 0.1
+# Nats by which one flow must lead the energies: a base of flows costs more than all others together.
+_MIN_FLOW_LEAD = 0.02
 _FLOW_STEPS = 300
 _MIN_SHARE = 0.1
 _STACKING_DRAWS = 20_000
@@ -181,7 +183,7 @@ class _Trainer:
         gaussian_log_prob = gaussian.log_prob(self.judged.rows.cpu().double()).unsqueeze(0)
         flow_gain = flow_score - on_fold_0.held_out_mean(gaussian_log_prob.to(self.judged.rows))
         best_gain = max(c.result.held_out_log_likelihood for c in candidates) - bases["gaussian"].score
-        return flow_gain > max(best_gain, _MIN_FLOW_GAIN)
+        return flow_gain > max(best_gain + _MIN_FLOW_LEAD, _MIN_FLOW_GAIN)
 
     def train(self, name: str, model: TiltedEnsemble, flow: Density) -> Candidate:
         """Train copies of the model's energies and of the flow."""
