@@ -8,6 +8,8 @@ import numpy as np
 from scipy import stats
 from scipy.special import logsumexp
 
+EIGHT_WEIGHTS = [0.30, 0.20, 0.15, 0.10, 0.08, 0.07, 0.05, 0.05]
+
 
 class Task(NamedTuple):
     """A known density: `sample(n, rng)` draws rows, `log_prob(X)` is in nats, `modes(X)` labels rows."""
@@ -95,14 +97,21 @@ def two_moons() -> Task:
 def eight_gaussians() -> Task:
     """Eight Gaussians on a circle with weights from .30 down to .05."""
     angles = np.arange(8) * np.pi / 4
-    weights = [0.30, 0.20, 0.15, 0.10, 0.08, 0.07, 0.05, 0.05]
-    return gaussian_mixture("eight_gaussians", weights, 4 * np.c_[np.cos(angles), np.sin(angles)], 0.5)
+    return gaussian_mixture("eight_gaussians", EIGHT_WEIGHTS, 4 * np.c_[np.cos(angles), np.sin(angles)], 0.5)
 
 
-def two_modes(n_features: int) -> Task:
-    """Two Gaussians of weights .7 and .3, six standard deviations apart."""
+def two_modes(n_features: int, share: float = 0.7) -> Task:
+    """Two Gaussians of unequal weights, six standard deviations apart."""
     offset = 3 / math.sqrt(n_features) * np.ones(n_features)
-    return gaussian_mixture(f"two_modes_{n_features}d", [0.7, 0.3], [offset, -offset], 1.0)
+    name = f"two_modes_{n_features}d" + ("" if share == 0.7 else f"_{share:g}")
+    return gaussian_mixture(name, [share, 1 - share], [offset, -offset], 1.0)
+
+
+def eight_modes(n_features: int) -> Task:
+    """Eight Gaussians of weights from .30 down to .05 in many dimensions, about six standard deviations apart."""
+    rng = np.random.default_rng(8)
+    directions = np.linalg.qr(rng.standard_normal((n_features, 8)))[0].T
+    return gaussian_mixture(f"eight_modes_{n_features}d", EIGHT_WEIGHTS, 6 / math.sqrt(2) * directions, 1.0)
 
 
 def student_t(n_features: int = 5, df: float = 3.0) -> Task:

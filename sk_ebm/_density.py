@@ -18,7 +18,7 @@ from sk_ebm._energy import MLPEnergies, SeparateEnergies, resolve_hidden_layer_s
 from sk_ebm._fitting import FitSettings, FittedModel, fit_model
 from sk_ebm._flow import make_flow
 from sk_ebm._rows import deal_to_folds
-from sk_ebm._sampler import draw_from_density
+from sk_ebm._sampler import Pool, draw_from_density, draw_pool, log_weight
 from sk_ebm._training import Outcome, TrainSettings
 
 _SCORE_CHUNK = 8192
@@ -129,6 +129,9 @@ class EBMFlowDensity(DensityMixin, BaseEstimator):
         and "validation_log_likelihoods" of all bases tried.
     outcome_ : str
         How training ended, in one sentence.
+    oob_log_density_ : ndarray of shape (n_samples,)
+        Log density (nats) of each training row under the energies that have not seen it, nan where all have:
+        free of the optimism of `score_samples` on training rows.
     density_ : torch.nn.Module
         Energies on their bases; ``density_.log_density`` maps z to unnormalised log densities.
     proposal_ : torch.nn.Module
@@ -331,13 +334,37 @@ class EBMFlowDensity(DensityMixin, BaseEstimator):
             Rows in the units of the training data.
         """
         check_is_fitted(self)
-        if not isinstance(n_samples, Integral) or isinstance(n_samples, bool):
-            raise TypeError(f"n_samples must be an integer, got {n_samples!r}.")
-        if n_samples < 1:
-            raise ValueError(f"n_samples must be at least 1, got {n_samples}.")
-        generator = _generator(random_state)
-        z = draw_from_density(self.density_.log_density, self.proposal_, int(n_samples), generator)
+        n_samples, generator = _check_n_samples(n_samples), _generator(random_state)
+        z = draw_from_density(self.density_.log_density, self.proposal_, n_samples, generator)
         return torch.cat([self.feature_map_.inverse(part) for part in z.split(_SCORE_CHUNK)]).numpy()
+
+    def importance_sample(self, n_samples: int = 1000, random_state: Any = None) -> tuple[np.ndarray, np.ndarray]:
+        """Draw independent rows with importance weights, for expectations under the fitted density.
+
+        The mean of ``weight * f(row)`` estimates the expectation of f without the bias of draws that end in
+        Markov moves.
+
+        Parameters
+        ----------
+        n_samples : int, default=1000
+            Number of rows, at least 1.
+        random_state : int, RandomState instance or None, default=None
+            Source of randomness.
+
+        Returns
+        -------
+        X : ndarray of shape (n_samples, n_features)
+            Rows in the units of the training data.
+        weight : ndarray of shape (n_samples,)
+            Density of the model over that of the proposal; the weights have mean one in expectation.
+        """
+        check_is_fitted(self)
+        generator = _generator(random_state)
+        pool = draw_pool(self.proposal_, _check_n_samples(n_samples), generator)
+        parts = zip(pool.position.split(_SCORE_CHUNK), pool.log_proposal.split(_SCORE_CHUNK), strict=True)
+        log_weights = [log_weight(self.density_.log_density, Pool(*part)) for part in parts]
+        X = torch.cat([self.feature_map_.inverse(part) for part in pool.position.split(_SCORE_CHUNK)])
+        return X.numpy(), (torch.cat(log_weights) - self.log_normalizer_).exp().numpy()
 
     def _fit(self, X: Any, sample_weight: Any) -> None:
         self._validate_params()
@@ -349,7 +376,7 @@ class EBMFlowDensity(DensityMixin, BaseEstimator):
         if previous is None:
             self._fold_seed = int(torch.randint(2**62, (1,), generator=generator))
         folds_generator = torch.Generator().manual_seed(self._fold_seed)
-        data = deal_to_folds(X, sample_weight, self.validation_fraction, self.n_estimators, folds_generator)
+        data, position = deal_to_folds(X, sample_weight, self.validation_fraction, self.n_estimators, folds_generator)
         history: list[dict[str, Any]] = []
 
         def report(base: str, check: dict[str, float]) -> None:
@@ -357,8 +384,9 @@ class EBMFlowDensity(DensityMixin, BaseEstimator):
             if self.verbose:
                 sys.stdout.write(_progress_line(history[-1]))
 
-        fitted = fit_model(data, self._settings(*data.rows.shape), generator, report, previous)
+        fitted, out_of_bag = fit_model(data, self._settings(*data.rows.shape), generator, report, previous)
         self._store(fitted, history)
+        self.oob_log_density_ = np.where(position >= 0, out_of_bag.numpy()[position], np.nan)
         self._warn(fitted)
 
     def _previous_fit(self) -> FittedModel | None:
@@ -464,6 +492,15 @@ def _generator(random_state: Any) -> torch.Generator:
         # Fresh entropy: numpy's global state, which check_random_state(None) would advance, is the user's.
         return torch.Generator().manual_seed(int(np.random.SeedSequence().generate_state(1)[0]))
     return torch.Generator().manual_seed(int(check_random_state(random_state).randint(2**31 - 1)))
+
+
+def _check_n_samples(n_samples: Any) -> int:
+    """Check a number of rows to draw."""
+    if not isinstance(n_samples, Integral) or isinstance(n_samples, bool):
+        raise TypeError(f"n_samples must be an integer, got {n_samples!r}.")
+    if n_samples < 1:
+        raise ValueError(f"n_samples must be at least 1, got {n_samples}.")
+    return int(n_samples)
 
 
 def _check_sizes(sizes: Any) -> tuple[int, ...]:

@@ -24,7 +24,7 @@ from sk_ebm._sampler import (
     pool_log_weight,
 )
 from sk_ebm._selection import MAX_FIT_ROWS, Bases, choose_feature_map, cross_fit_bases
-from sk_ebm._stacking import stacking_shares
+from sk_ebm._stacking import mixture_shares
 from sk_ebm._support import FeatureMap, fit_feature_map
 from sk_ebm._training import MAX_JUDGED_ROWS, TrainResult, TrainSettings, fit_flow, train
 from sk_ebm._types import Density
@@ -81,8 +81,10 @@ def fit_model(
     generator: torch.Generator,
     report: Callable[[str, dict[str, float]], None],
     previous: FittedModel | None = None,
-) -> FittedModel:
-    """Fit everything to rows in the user's units (float64) and return it ready for scoring and sampling.
+) -> tuple[FittedModel, torch.Tensor]:
+    """Fit everything to rows in the user's units and return it ready for scoring and sampling.
+
+    Also return the log density (nats, in the user's units) of each row under the members that have not seen it.
 
     With a previous fit, its feature map, bases, energies and flows are where training goes on from.
     """
@@ -90,18 +92,20 @@ def fit_model(
         feature_map, bases = _feature_map_and_bases(data, settings, generator)
     else:
         feature_map, bases = previous.feature_map, {}
-    z, log_det = _to_z(data, feature_map)
+    z, log_det_rows = _to_z(data, feature_map)
+    log_det = float(data.weight @ log_det_rows / data.weight.sum())
     trainer = _Trainer(z, settings, generator, report, log_det)
     if previous is None:
         candidates = trainer.train_candidates(bases)
     else:
         candidates = [trainer.train(old.name, old.model, old.flow) for old in previous.candidates]
-    shares = trainer.shares(candidates)
+    held_out = trainer.held_out_log_prob(candidates)
+    shares = trainer.shares(held_out)
     scores = {candidate.name: candidate.result.held_out_log_likelihood + log_det for candidate in candidates}
     kept = _to_float64([candidate for candidate, share in zip(candidates, shares, strict=True) if share > 0])
     proposal = _joint_proposal(kept, settings.train.defensive_fraction)
     model = _stack(kept, [share for share in shares if share > 0], proposal, generator)
-    return FittedModel(
+    fitted = FittedModel(
         feature_map,
         kept,
         {candidate.name: share for candidate, share in zip(candidates, shares, strict=True)},
@@ -110,6 +114,8 @@ def fit_model(
         proposal,
         estimate_log_normalizer_of(model.log_density, proposal, generator, std_error=_worthwhile_std_error(data)),
     )
+    log_shares = torch.tensor(shares, dtype=torch.float64).log().unsqueeze(-1)
+    return fitted, (log_shares + held_out).logsumexp(0) + log_det_rows
 
 
 @torch.no_grad()
@@ -200,26 +206,40 @@ class _Trainer:
         )
         return Candidate(name, result.model, result.flow, result)
 
-    def shares(self, candidates: list[Candidate]) -> list[float]:
-        """Return each candidate's share of the pool; small ones are set to zero."""
-        if len(candidates) == 1:
-            return [1.0]
+    @torch.no_grad()
+    def held_out_log_prob(self, candidates: list[Candidate]) -> torch.Tensor:
+        """Return each row's log density (nats, in z-space) under each candidate's member that never saw it.
+
+        The result has shape (C, n), in float64 on the CPU; it is nan for rows that every member has seen.
+        """
         pool = draw_pool(
             _joint_proposal(candidates, self.settings.train.defensive_fraction), _STACKING_DRAWS, self.device_generator
         )
-        with torch.no_grad():
-            held_out = torch.stack([self._member_log_prob(candidate.model, pool) for candidate in candidates])
-        shares = stacking_shares(held_out.cpu(), self.judged.held_out_weight().cpu())
+        held_out = torch.full((len(candidates), len(self.data.rows)), math.nan, dtype=torch.float64)
+        rows_of_member = [(self.data.fold == k).nonzero().squeeze(-1) for k in range(self.data.n_members)]
+        padded = nn.utils.rnn.pad_sequence(rows_of_member, batch_first=True)
+        for c, candidate in enumerate(candidates):
+            log_normalizer = self._member_log_normalizers(candidate.model, pool)
+            log_density = [candidate.model.log_density(self.data.rows[i]) for i in padded.split(_CHUNK, dim=1)]
+            log_prob = (torch.cat(log_density, dim=1).cpu() - log_normalizer.unsqueeze(-1)).double()
+            for k, rows in enumerate(rows_of_member):
+                held_out[c, rows.cpu()] = log_prob[k, : len(rows)]
+        return held_out
+
+    def shares(self, held_out: torch.Tensor) -> list[float]:
+        """Return each candidate's share of the pool; small ones are set to zero."""
+        judged = held_out[:, :MAX_JUDGED_ROWS]
+        is_held_out = judged.isfinite().all(0)
+        weight = self.judged.weight.cpu()
+        shares = mixture_shares(judged[:, is_held_out], weight[is_held_out])
         shares = torch.where(shares < _MIN_SHARE, 0.0, shares)
         return [float(share) for share in shares / shares.sum()]
 
-    def _member_log_prob(self, model: TiltedEnsemble, pool: Pool) -> torch.Tensor:
-        """Return the normalised log density (nats, in z-space) of the judged rows under every member, shape (K, n)."""
+    def _member_log_normalizers(self, model: TiltedEnsemble, pool: Pool) -> torch.Tensor:
+        """Return log Z (nats) of every member, shape (K,)."""
         parts = pool.position.split(_CHUNK), pool.log_proposal.split(_CHUNK)
         weights = torch.cat([pool_log_weight(model, Pool(*part)) for part in zip(*parts, strict=True)], dim=-1)
-        log_normalizer = torch.tensor([estimate_log_normalizer(weight).value for weight in weights]).to(weights)
-        log_density = torch.cat([model.log_density(z) for z in self.judged.rows.split(_CHUNK)], dim=-1)
-        return log_density - log_normalizer.unsqueeze(-1)
+        return torch.tensor([estimate_log_normalizer(weight).value for weight in weights])
 
     def _start(self, name: str, bases: list[Density], flow: Density) -> Candidate:
         with seeded_modules(self.generator):
@@ -273,15 +293,14 @@ def _feature_map_and_bases(
     return feature_map, {name: bases[name] for name in dict.fromkeys(wanted)}
 
 
-def _to_z(data: Folds, feature_map: FeatureMap) -> tuple[Folds, float]:
-    """Map rows to z in float32, chunk by chunk; also return the weighted mean log |det| (nats)."""
+def _to_z(data: Folds, feature_map: FeatureMap) -> tuple[Folds, torch.Tensor]:
+    """Map rows to z in float32, chunk by chunk; also return log |det| (nats) of each row in float64."""
     z = torch.empty(data.rows.shape, dtype=torch.float32)
-    log_det = 0.0
+    log_det = torch.empty(len(z), dtype=torch.float64)
     for start in range(0, len(z), _CHUNK):
         rows = slice(start, start + _CHUNK)
-        z[rows], log_det_rows = feature_map(data.rows[rows].double())
-        log_det += float(data.weight[rows] @ log_det_rows)
-    return data.with_rows(z), log_det / float(data.weight.sum())
+        z[rows], log_det[rows] = feature_map(data.rows[rows].double())
+    return data.with_rows(z), log_det
 
 
 @torch.no_grad()

@@ -16,15 +16,20 @@ def deal_to_folds(
     validation_fraction: float,
     n_estimators: int,
     generator: torch.Generator,
-) -> Folds:
-    """Merge equal rows, shuffle, and deal rows to folds; weights have mean 1 over the different rows."""
+) -> tuple[Folds, np.ndarray]:
+    """Merge equal rows, shuffle, and deal rows to folds; weights have mean 1 over the different rows.
+
+    Also return where each row of X went, or -1 for a row of weight zero.
+    """
+    is_counted = np.ones(len(X), dtype=bool)
     if sample_weight is not None:
         if not sample_weight.max() > 0:
             raise ValueError("sample_weight is zero for every row; at least two different rows need a positive weight.")
-        if sample_weight.min() == 0:
-            X, sample_weight = X[sample_weight > 0], sample_weight[sample_weight > 0]
+        is_counted = sample_weight > 0
+        if not is_counted.all():
+            X, sample_weight = X[is_counted], sample_weight[is_counted]
         sample_weight = sample_weight / sample_weight.max()
-    kept, weight = _merge_equal_rows(X, sample_weight)
+    kept, weight, kind = _merge_equal_rows(X, sample_weight)
     if len(kept) < 2:
         raise ValueError(
             "All rows of positive weight are equal (1 sample in effect); a density needs at least two different rows."
@@ -34,21 +39,24 @@ def deal_to_folds(
     weights = torch.from_numpy(weight * (len(weight) / weight.sum()))[order]
     n_folds = min(len(kept), max(n_estimators, round(1 / validation_fraction), 2))
     fold = torch.arange(len(kept)) % n_folds
-    return Folds(torch.from_numpy(X[kept[order]]), weights, fold, min(n_estimators, n_folds))
+    position = np.full(len(is_counted), -1)
+    position[is_counted] = np.argsort(order)[kind]
+    return Folds(torch.from_numpy(X[kept[order]]), weights, fold, min(n_estimators, n_folds)), position
 
 
-def _merge_equal_rows(X: np.ndarray, weight: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """Return the index of one row of each kind, in lexical order, and their summed weights."""
+def _merge_equal_rows(X: np.ndarray, weight: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the index of one row of each kind, in lexical order, their summed weights, and the kind of each row."""
     _, first, inverse = np.unique(_hash_rows(X), return_index=True, return_inverse=True)
     if not all(np.array_equal(column, column[first][inverse]) for column in X.T):
         # Two different rows share a hash: rare enough to compare whole rows, slowly.
         _, first, inverse = np.unique(X, axis=0, return_index=True, return_inverse=True)
-    weight = np.bincount(inverse.ravel(), weights=weight, minlength=len(first)).astype(np.float64)
+    inverse = inverse.ravel()
+    weight = np.bincount(inverse, weights=weight, minlength=len(first)).astype(np.float64)
     # An order that depends neither on the order of X nor on its units.
     order = np.argsort(X[first, 0], kind="stable")
     if (np.diff(X[first[order], 0]) == 0).any():
         order = np.lexsort(X[first].T[::-1])
-    return first[order], weight[order]
+    return first[order], weight[order], np.argsort(order)[inverse]
 
 
 def _hash_rows(X: np.ndarray) -> np.ndarray:

@@ -381,3 +381,16 @@ def test_energy_without_parameters_is_a_clear_error():
 
     with pytest.raises(ValueError, match="no parameters"):
         quick(energy=Fixed).fit(two_clusters(30, 2))
+
+
+def test_out_of_bag_scores_are_those_of_unseen_rows():
+    """Noise in many dimensions is memorised: training rows look likelier than new ones, out of bag they do not."""
+    rng = np.random.default_rng(0)
+    X, new = rng.normal(size=(2, 100, 6))
+    weight = np.ones(100)
+    weight[:3] = 0
+    model = EBMFlowDensity(base="mixture", max_iter=10, random_state=0).fit(X, sample_weight=weight)
+    assert np.isnan(model.oob_log_density_[:3]).all()
+    optimism = model.score_samples(X[3:]).mean() - model.score_samples(new).mean()
+    out_of_bag = model.oob_log_density_[3:].mean() - model.score_samples(new).mean()
+    assert abs(out_of_bag) < max(0.6 * optimism, 0.35)

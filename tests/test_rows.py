@@ -9,7 +9,7 @@ from sk_ebm._rows import deal_to_folds
 
 
 def deal(X, weight=None, seed=0):
-    return deal_to_folds(np.asarray(X), weight, 0.25, 4, torch.Generator().manual_seed(seed))
+    return deal_to_folds(np.asarray(X), weight, 0.25, 4, torch.Generator().manual_seed(seed))[0]
 
 
 @pytest.fixture
@@ -55,3 +55,11 @@ def test_weights_are_repetitions(X):
     weight = np.arange(200) % 3 + 1
     weighted, repeated = deal(X, weight.astype(float)), deal(X.repeat(weight, axis=0))
     torch.testing.assert_close(weighted, repeated)
+
+
+def test_every_row_is_found_again(X):
+    X, weight = np.concatenate([X, X[:50]]), np.ones(250)
+    weight[[3, 60]] = 0
+    data, position = deal_to_folds(X, weight, 0.25, 4, torch.Generator())
+    assert (position[[3, 60]] == -1).all()
+    np.testing.assert_array_equal(data.rows.numpy()[position[weight > 0]], X[weight > 0])

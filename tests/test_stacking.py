@@ -2,7 +2,7 @@
 
 import torch
 
-from sk_ebm._stacking import stacking_shares
+from sk_ebm._stacking import mixture_shares
 
 
 def log_normal(z, mean, scale=1.0):
@@ -12,22 +12,28 @@ def log_normal(z, mean, scale=1.0):
 def test_shares_maximise_the_held_out_likelihood_on_a_grid():
     generator = torch.Generator().manual_seed(0)
     z = torch.randn(2000, generator=generator) + 3 * (torch.rand(2000, generator=generator) < 0.3)
-    held_out = torch.stack([log_normal(z, 0.0), log_normal(z, 3.0)]).unsqueeze(1)
-    share = float(stacking_shares(held_out, torch.ones(1, 2000))[0])
+    held_out = torch.stack([log_normal(z, 0.0), log_normal(z, 3.0)])
+    share = float(mixture_shares(held_out, torch.ones(2000))[0])
     grid = torch.linspace(0.01, 0.99, 99).unsqueeze(-1)
     likelihood = torch.logaddexp(grid.log() + held_out[0], (1 - grid).log() + held_out[1]).mean(-1)
     assert abs(share - float(grid[likelihood.argmax()])) < 0.01
 
 
-def test_only_held_out_rows_count():
-    held_out = torch.randn(2, 3, 50, generator=torch.Generator().manual_seed(1))
-    weight = torch.zeros(3, 50)
-    weight[1, 10:20] = 2.0
-    expected = stacking_shares(held_out[:, 1:2, 10:20], torch.ones(1, 10))
-    torch.testing.assert_close(stacking_shares(held_out, weight), expected)
+def test_weights_are_repetitions():
+    log_density = torch.randn(3, 50, generator=torch.Generator().manual_seed(1))
+    weight = torch.arange(50) % 3
+    repeated = mixture_shares(log_density.repeat_interleave(weight, dim=1), torch.ones(int(weight.sum())))
+    torch.testing.assert_close(mixture_shares(log_density, weight), repeated, rtol=0, atol=1e-6)
+
+
+def test_disjoint_densities_get_the_shares_of_their_rows():
+    """Log densities may be as low as they like: nothing underflows."""
+    log_density = torch.full((2, 10), -torch.inf)
+    log_density[0, :3], log_density[1, 3:] = -5000.0, -9000.0
+    torch.testing.assert_close(mixture_shares(log_density, torch.ones(10)), torch.tensor([0.3, 0.7]).double())
 
 
 def test_a_useless_candidate_gets_nothing():
     z = torch.randn(500, generator=torch.Generator().manual_seed(2))
-    shares = stacking_shares(torch.stack([log_normal(z, 0.0), log_normal(z, 9.0)]).unsqueeze(1), torch.ones(1, 500))
+    shares = mixture_shares(torch.stack([log_normal(z, 0.0), log_normal(z, 9.0)]), torch.ones(500))
     assert shares[0] > 0.999
