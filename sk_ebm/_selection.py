@@ -118,6 +118,7 @@ class _MixtureSettings(NamedTuple):
     frame: torch.Tensor
     covariance_type: str
     n_components: int
+    n_frame_parameters: int
 
     def fit(self, z: torch.Tensor, weights: torch.Tensor, generator: torch.Generator, **options: Any) -> list[Density]:
         """Fit one mixture per set of weights; the options are those of `fit_mixtures`."""
@@ -132,12 +133,14 @@ class _MixtureSettings(NamedTuple):
         return [mixture.pulled_back(self.frame) for mixture in mixtures]
 
     def n_parameters(self) -> int:
-        """Count the free parameters of the means and covariances."""
+        """Count the free parameters of the means, the covariances and the scales that a sphere leaves to the frame."""
         d = len(self.frame)
         full = d * (d + 1) // 2
         shape = self.covariance_type.removeprefix("tied_")
         per_covariance = {"full": full, "tied": full, "diag": d, "spherical": 1}[shape]
-        return self.n_components * d + per_covariance * (1 if "tied" in self.covariance_type else self.n_components)
+        n_covariances = 1 if "tied" in self.covariance_type else self.n_components
+        n_scales = self.n_frame_parameters if shape == "spherical" else 0
+        return self.n_components * d + n_covariances * per_covariance + n_scales
 
 
 def _search_mixture(data: Folds, feature_map: FeatureMap, generator: torch.Generator) -> Bases:
@@ -148,10 +151,10 @@ def _search_mixture(data: Folds, feature_map: FeatureMap, generator: torch.Gener
     # With few features EM is cheap and its likelihood is bumpy in the number of components; with many, neither.
     patience = 5 if data.rows.shape[1] <= 3 else 2
     tried: list[tuple[_MixtureSettings, torch.Tensor]] = []
-    for frame, covariance_type in _frames(feature_map):
+    for frame, covariance_type, n_frame_parameters in _frames(feature_map):
         best_of_type, stale = -math.inf, 0
         for n_components in _sizes(sample):
-            settings = _MixtureSettings(frame, covariance_type, n_components)
+            settings = _MixtureSettings(frame, covariance_type, n_components, n_frame_parameters)
             members = settings.fit(sample.rows, sample.train_weight(), generator, tol=1e-3)
             held_out = _member_log_prob(members, sample.rows)[is_held_out]
             tried.append((settings, held_out))
@@ -179,22 +182,24 @@ def _most_frugal_of_the_best(
     return min(equally_good, key=lambda entry: entry[:2])[-1]
 
 
-def _frames(feature_map: FeatureMap) -> Iterator[tuple[torch.Tensor, str]]:
+def _frames(feature_map: FeatureMap) -> Iterator[tuple[torch.Tensor, str, int]]:
     """Yield coordinates, as the matrix that leads there from z, in which a covariance type is worth trying.
 
-    "Spherical" means something else in the user's units than in standardised ones.
+    "Spherical" means something else in the user's units than in standardised ones, whose scales are parameters that
+    the data have fixed; their number comes last.
     """
     standardised = feature_map.unwhitener
-    if len(standardised) == 1:
-        yield standardised, "full"
-        yield standardised, "tied"
+    d = len(standardised)
+    if d == 1:
+        yield standardised, "full", 0
+        yield standardised, "tied", 0
         return
     for covariance_type in COVARIANCE_TYPES:
-        yield standardised, covariance_type
+        yield standardised, covariance_type, d - 1
     if feature_map.margins is None:
         users_units = standardised * (feature_map.scale / feature_map.scale.log().mean().exp())
         for covariance_type in ("spherical", "tied_spherical"):
-            yield users_units, covariance_type
+            yield users_units, covariance_type, 0
 
 
 def _sizes(data: Folds) -> list[int]:
