@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from sk_ebm._energy import SeparateEnergies
 from sk_ebm._flow import make_flow
 from sk_ebm._mixture import fit_gaussian, fit_mixtures
 from sk_ebm._model import TiltedEnsemble
@@ -42,7 +43,7 @@ def generator():
 def model(generator):
     z = torch.randn(4000, 2, dtype=torch.float64, generator=generator)
     bases = [fit_gaussian(z, torch.ones(4000, dtype=torch.float64)) for _ in range(2)]
-    return TiltedEnsemble(bases, [Shift(0.0), Shift(0.7)])
+    return TiltedEnsemble(bases, SeparateEnergies([Shift(0.0), Shift(0.7)]))
 
 
 @pytest.fixture
