@@ -25,13 +25,13 @@ N_TRAIN, N_TEST, N_DRAWS = 1000, 10_000, 40_000
 MODELS = ("KernelDensity", "GaussianMixture", "EBMFlowDensity")
 
 
-def run_model(name: str, task: Task, seed: int) -> dict:
+def run_model(name: str, task: Task, seed: int, parameters: dict) -> dict:
     """Fit one model on one draw of the task, and measure it on test rows that nothing was tuned on."""
     rng = np.random.default_rng(seed)
     X_train, X_test = task.sample(N_TRAIN, rng), task.sample(N_TEST, rng)
     started = time.perf_counter()
     if name == "EBMFlowDensity":
-        model = EBMFlowDensity(random_state=seed).fit(X_train)
+        model = EBMFlowDensity(random_state=seed, **parameters).fit(X_train)
     elif name == "GaussianMixture":
         model = tuned_gaussian_mixture(X_train)
     else:
@@ -86,6 +86,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--tasks", nargs="+", default=None, help="names of tasks; all by default")
     parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
+    parser.add_argument(
+        "--parameters",
+        type=json.loads,
+        default={},
+        help="JSON of parameters of EBMFlowDensity to try instead of the defaults, such as '{\"n_estimators\": 4}'; "
+        "each choice needs an output file of its own",
+    )
     options = parser.parse_args()
     rows = [json.loads(line) for line in options.output.read_text().splitlines()] if options.output.exists() else []
     done = {(row["task"], row["model"], row["seed"]) for row in rows}
@@ -96,7 +103,7 @@ def main() -> None:
                     continue
                 with warnings.catch_warnings():
                     warnings.filterwarnings("ignore", module="sklearn")
-                    rows.append(run_model(name, task, seed))
+                    rows.append(run_model(name, task, seed, options.parameters))
                 with options.output.open("a") as file:
                     file.write(json.dumps(rows[-1]) + "\n")
                 print(f"{task.name} {name} seed {seed}: KL {rows[-1]['kl']:.4f}", file=sys.stderr, flush=True)

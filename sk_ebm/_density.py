@@ -18,7 +18,7 @@ from sk_ebm._energy import MLPEnergies, SeparateEnergies, resolve_hidden_layer_s
 from sk_ebm._fitting import FitSettings, FittedModel, fit_model
 from sk_ebm._flow import make_flow
 from sk_ebm._rows import deal_to_folds
-from sk_ebm._sampler import Pool, draw_from_density, draw_pool, log_weight
+from sk_ebm._sampler import draw_from_density, draw_pool, log_weight
 from sk_ebm._training import Outcome, TrainSettings
 
 _SCORE_CHUNK = 8192
@@ -66,7 +66,7 @@ class EBMFlowDensity(DensityMixin, BaseEstimator):
         None builds a multilayer perceptron. To pickle the estimator, use a named function or class.
     hidden_layer_sizes : "auto" or tuple of int, default="auto"
         Hidden layers of the default energy; "auto" takes three layers that widen slowly with the number of rows.
-    n_estimators : int, default=4
+    n_estimators : int, default=6
         Number of energies per base; each holds out another fold of the rows, and the energies are averaged.
     flow : {"spline", "affine"}, default="spline"
         Coupling flow; "affine" is faster and less accurate.
@@ -85,7 +85,7 @@ class EBMFlowDensity(DensityMixin, BaseEstimator):
     validation_fraction : float, default=0.25
         Share of the rows that each energy holds out, rounded to one fold of an equal deal; more energies than folds
         make more folds.
-    n_iter_no_change : int, default=5
+    n_iter_no_change : int, default=10
         Validation checks, one every five iterations, without improvement before stopping.
     tol : float, default=0.001
         Smallest improvement of the held-out log-likelihood per row (nats) that counts.
@@ -202,7 +202,7 @@ class EBMFlowDensity(DensityMixin, BaseEstimator):
         feature_map: str = "auto",
         energy: Callable[[int], nn.Module] | None = None,
         hidden_layer_sizes: str | tuple[int, ...] = "auto",
-        n_estimators: int = 4,
+        n_estimators: int = 6,
         flow: str = "spline",
         max_iter: int = 120,
         learning_rate: str | float = "auto",
@@ -210,7 +210,7 @@ class EBMFlowDensity(DensityMixin, BaseEstimator):
         batch_size: int = 256,
         early_stopping: bool = True,
         validation_fraction: float = 0.25,
-        n_iter_no_change: int = 5,
+        n_iter_no_change: int = 10,
         tol: float = 0.001,
         sampler: str = "isir",
         n_chains: int = 512,
@@ -361,8 +361,7 @@ class EBMFlowDensity(DensityMixin, BaseEstimator):
         check_is_fitted(self)
         generator = _generator(random_state)
         pool = draw_pool(self.proposal_, _check_n_samples(n_samples), generator)
-        parts = zip(pool.position.split(_SCORE_CHUNK), pool.log_proposal.split(_SCORE_CHUNK), strict=True)
-        log_weights = [log_weight(self.density_.log_density, Pool(*part)) for part in parts]
+        log_weights = [log_weight(self.density_.log_density, part) for part in pool.split(_SCORE_CHUNK)]
         X = torch.cat([self.feature_map_.inverse(part) for part in pool.position.split(_SCORE_CHUNK)])
         return X.numpy(), (torch.cat(log_weights) - self.log_normalizer_).exp().numpy()
 

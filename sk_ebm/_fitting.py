@@ -124,9 +124,12 @@ def estimate_log_normalizer_of(
 ) -> LogNormalizer:
     """Estimate log Z by importance sampling, with as many draws as `std_error` (nats) asks for, up to a limit."""
     log_weights: list[torch.Tensor] = []
+    controls: list[torch.Tensor] = []
     for n_draws in range(_CHUNK, _MAX_DRAWS + 1, _CHUNK):
-        log_weights.append(log_weight(log_density, draw_pool(proposal, _CHUNK, generator)))
-        estimate = estimate_log_normalizer(torch.cat(log_weights))
+        pool = draw_pool(proposal, _CHUNK, generator)
+        log_weights.append(log_weight(log_density, pool))
+        controls.append(pool.controls)
+        estimate = estimate_log_normalizer(torch.cat(log_weights), torch.cat(controls, dim=-1))
         if n_draws >= _MIN_DRAWS and estimate.std_error < std_error:
             break
     return estimate
@@ -237,9 +240,8 @@ class _Trainer:
 
     def _member_log_normalizers(self, model: TiltedEnsemble, pool: Pool) -> torch.Tensor:
         """Return log Z (nats) of every member, shape (K,)."""
-        parts = pool.position.split(_CHUNK), pool.log_proposal.split(_CHUNK)
-        weights = torch.cat([pool_log_weight(model, Pool(*part)) for part in zip(*parts, strict=True)], dim=-1)
-        return torch.tensor([estimate_log_normalizer(weight).value for weight in weights])
+        weights = torch.cat([pool_log_weight(model, part) for part in pool.split(_CHUNK)], dim=-1)
+        return torch.tensor([estimate_log_normalizer(weight, pool.controls).value for weight in weights])
 
     def _start(self, name: str, bases: list[Density], flow: Density) -> Candidate:
         with seeded_modules(self.generator):
@@ -337,7 +339,8 @@ def _stack(
     if len(ensembles) > 1:
         # Common draws: their noise mostly cancels between the ensembles, and the final log Z covers the rest.
         pool = draw_pool(proposal, _STACKING_DRAWS, generator)
-        normalizers = [estimate_log_normalizer(log_weight(e.pooled_log_density, pool)).value for e in ensembles]
+        log_weights = [log_weight(ensemble.pooled_log_density, pool) for ensemble in ensembles]
+        normalizers = [estimate_log_normalizer(weight, pool.controls).value for weight in log_weights]
         log_shares = log_shares - torch.tensor(normalizers, dtype=torch.float64)
     return StackedDensity(ensembles, log_shares)
 

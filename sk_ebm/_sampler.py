@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -49,8 +49,15 @@ class MixtureProposal(Density):
 
     def log_prob(self, z: torch.Tensor) -> torch.Tensor:
         """Return the log density (nats) of each row, shape (n,)."""
-        joint = [math.log(share) + c.log_prob(z) for c, share in zip(self.components, self.proportions, strict=True)]
-        return torch.stack(joint).logsumexp(0)
+        return self.mix(self.component_log_prob(z))
+
+    def component_log_prob(self, z: torch.Tensor) -> torch.Tensor:
+        """Return the log density (nats) of each row under each component, shape (J, n)."""
+        return torch.stack([component.log_prob(z) for component in self.components])
+
+    def mix(self, component_log_prob: torch.Tensor) -> torch.Tensor:
+        """Return the log density (nats) of rows from those under the components."""
+        return (component_log_prob + component_log_prob.new_tensor(self.proportions).log().unsqueeze(-1)).logsumexp(0)
 
 
 def defensive_proposal(flow: Density, bases: Sequence[Density], defensive_fraction: float) -> MixtureProposal:
@@ -60,10 +67,20 @@ def defensive_proposal(flow: Density, bases: Sequence[Density], defensive_fracti
 
 
 class Pool(NamedTuple):
-    """Independent proposals (n, d) with their log proposal density (n,); these do not change when the energy does."""
+    """Independent proposals (n, d) with what does not change when the energy does.
+
+    That is their log proposal density (n,), and the ratios (J, n) of the proposal's components to the proposal: their
+    expectation is one, which makes them control variates for log Z.
+    """
 
     position: torch.Tensor
     log_proposal: torch.Tensor
+    controls: torch.Tensor
+
+    def split(self, n_rows: int) -> Iterator["Pool"]:
+        """Yield pools of at most `n_rows` proposals."""
+        parts = self.position.split(n_rows), self.log_proposal.split(n_rows), self.controls.split(n_rows, dim=-1)
+        return (Pool(*part) for part in zip(*parts, strict=True))
 
 
 class SamplerReport(NamedTuple):
@@ -79,8 +96,11 @@ def draw_pool(proposal: MixtureProposal, n_samples: int, generator: torch.Genera
     position = proposal.sample(n_samples, generator)
     is_finite = position.isfinite().all(-1)
     position = torch.where(is_finite.unsqueeze(-1), position, 0.0)
-    log_proposal = proposal.log_prob(position)
-    return Pool(position, torch.where(is_finite & log_proposal.isfinite(), log_proposal, math.inf))
+    component_log_prob = proposal.component_log_prob(position)
+    log_proposal = proposal.mix(component_log_prob)
+    log_proposal = torch.where(is_finite & log_proposal.isfinite(), log_proposal, math.inf)
+    # The mean of all ratios, each with its component's share, is one: the first says nothing that the others do not.
+    return Pool(position, log_proposal, (component_log_prob[1:] - log_proposal).exp().nan_to_num(nan=0.0))
 
 
 @torch.no_grad()

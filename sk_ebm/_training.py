@@ -278,7 +278,7 @@ class _TrainState:
     def validate(self, iteration: int) -> dict[str, float]:
         """Return held-out and training log-likelihood per row (nats) of the averaged energies."""
         pool = draw_pool(self.proposal, 4 * self.settings.pool_size, self.generator)
-        estimates = [estimate_log_normalizer(w) for w in pool_log_weight(self.average, pool)]
+        estimates = [estimate_log_normalizer(w, pool.controls) for w in pool_log_weight(self.average, pool)]
         log_normalizer = torch.tensor([e.value for e in estimates]).to(self.data.rows)
         log_prob = self.base_log_prob - self.average.energy(self.judged.rows) - log_normalizer.unsqueeze(-1)
         train_weight = self.judged.train_weight()

@@ -142,11 +142,21 @@ def test_skewed_margins_choose_normal_scores():
     assert model.feature_map_.margins is not None
 
 
-@pytest.mark.parametrize("shape", [(2, 1), (2, 3), (5, 2), (20, 5), (15, 30), (40, 100)])
+@pytest.mark.parametrize(
+    ("shape", "base"),
+    [
+        ((2, 1), "auto"),
+        ((2, 3), "auto"),
+        ((5, 2), "auto"),
+        ((20, 5), "auto"),
+        ((15, 30), "auto"),
+        ((40, 100), "mixture"),
+    ],
+)
 @pytest.mark.filterwarnings("ignore::sk_ebm.LowEffectiveSampleSizeWarning")
-def test_few_rows_give_finite_scores(shape):
+def test_few_rows_give_finite_scores(shape, base):
     X = np.random.default_rng(0).normal(size=shape)
-    model = quick(base="auto", max_iter=2).fit(X)
+    model = quick(base=base, max_iter=2).fit(X)
     assert np.isfinite(model.score_samples(X)).all()
     assert np.isfinite(model.sample(5, random_state=0)).all()
 

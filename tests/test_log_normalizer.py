@@ -24,6 +24,14 @@ def quartic_log_weight(noise):
 LOG_Z = math.log(integrate.quad(lambda x: math.exp(quartic(x)), -10, 10)[0])
 
 
+def quartic_log_weight_with_control(noise, is_wide):
+    """Weights of draws from half a standard normal and half a wide one, and the wide one's share of the proposal."""
+    x = torch.where(is_wide, WIDTH, 1.0) * noise
+    narrow, wide = (-0.5 * (x / width) ** 2 - math.log(width * math.sqrt(2 * math.pi)) for width in (1.0, WIDTH))
+    log_proposal = torch.logaddexp(narrow, wide) - math.log(2)
+    return quartic(x) - log_proposal, (wide - log_proposal).exp().unsqueeze(0)
+
+
 def slow_effective_sample_size(log_weight):
     weight = np.exp(np.asarray(log_weight))
     return weight.sum() ** 2 / (len(weight) * (weight**2).sum())
@@ -98,3 +106,34 @@ def test_single_precision_weights_lose_nothing_in_the_sums(level):
     single, double = estimate_log_normalizer(log_weight), estimate_log_normalizer(log_weight.double())
     assert single.effective_sample_size <= 1
     assert tuple(single) == pytest.approx(tuple(double), rel=1e-6)
+
+
+def test_weights_that_are_a_mix_of_the_controls_leave_no_error():
+    controls = torch.stack([normal(400, seed=k).exp() / math.exp(0.5) for k in (1, 2)])
+    log_weight = (0.3 * controls[0] + 0.7 * controls[1]).log() + 5
+    estimate = estimate_log_normalizer(log_weight, controls)
+    assert estimate.value == pytest.approx(5, abs=1e-9)
+    assert estimate.std_error == pytest.approx(0, abs=1e-9)
+    assert estimate.effective_sample_size == estimate_log_normalizer(log_weight).effective_sample_size
+
+
+def test_standard_error_with_controls_is_that_of_the_errors_and_smaller():
+    scores, gains = [], []
+    for noise, coin in zip(normal(200, 2000), normal(200, 2000, seed=1), strict=True):
+        log_weight, controls = quartic_log_weight_with_control(noise, coin > 0)
+        estimate = estimate_log_normalizer(log_weight, controls)
+        scores.append((estimate.value - LOG_Z) / estimate.std_error)
+        gains.append(estimate_log_normalizer(log_weight).std_error / estimate.std_error)
+    assert np.min(gains) >= 1 and np.mean(gains) > 1.03
+    assert 1e-3 < stats.chi2.cdf(np.square(scores).sum(), len(scores)) < 1 - 1e-3
+
+
+def test_controls_are_left_out_where_draws_are_too_few_to_regress_on_them():
+    log_weight, controls = normal(20), normal(3, 20).exp()
+    assert estimate_log_normalizer(log_weight, controls) == estimate_log_normalizer(log_weight)
+
+
+def test_equal_controls_do_no_harm():
+    log_weight, controls = quartic_log_weight_with_control(normal(2000), normal(2000, seed=1) > 0)
+    once, twice = (estimate_log_normalizer(log_weight, controls.expand(k, -1)) for k in (1, 2))
+    assert tuple(twice) == pytest.approx(tuple(once), rel=1e-2)

@@ -12,7 +12,6 @@ from sk_ebm._mixture import fit_gaussian, fit_mixtures
 from sk_ebm._model import TiltedEnsemble
 from sk_ebm._sampler import (
     Chains,
-    Pool,
     defensive_proposal,
     draw_from_density,
     draw_pool,
@@ -60,6 +59,15 @@ def test_proposal_log_prob_is_that_of_the_mixture(proposal, generator):
     assert sum(proposal.proportions) == pytest.approx(1)
 
 
+def test_controls_of_a_pool_are_component_ratios_of_mean_one(proposal, generator):
+    pool = draw_pool(proposal, 20_000, generator)
+    first = (proposal.components[0].log_prob(pool.position) - pool.log_proposal).exp()
+    shares = torch.tensor(proposal.proportions).double()
+    torch.testing.assert_close(shares @ torch.cat([first.unsqueeze(0), pool.controls]), torch.ones(20_000).double())
+    std_error = pool.controls.std(-1) / math.sqrt(20_000)
+    assert bool(((pool.controls.mean(-1) - 1).abs() < 4 * std_error + 1e-12).all())
+
+
 @pytest.mark.parametrize("n_samples", [1, 2, 3, 7, 1000])
 def test_proposal_draws_as_many_as_asked(proposal, generator, n_samples):
     assert proposal.sample(n_samples, generator).shape == (n_samples, 2)
@@ -104,13 +112,13 @@ def test_draws_follow_a_density_with_unequal_modes(generator):
 
 def test_weights_that_are_no_numbers_count_as_zero(model, proposal, generator):
     pool = draw_pool(proposal, 100, generator)
-    broken = Pool(pool.position, torch.where(torch.arange(100) < 50, math.inf, pool.log_proposal))
+    broken = pool._replace(log_proposal=torch.where(torch.arange(100) < 50, math.inf, pool.log_proposal))
     assert torch.equal(pool_log_weight(model, broken).isneginf(), (torch.arange(100) < 50).expand(2, -1))
     assert log_weight(lambda z: z[:, 0] * math.nan, pool).isneginf().all()
 
 
 def test_a_failed_sampler_has_no_effective_draws_and_still_starts_chains(model, proposal, generator):
     pool = draw_pool(proposal, 100, generator)
-    hopeless = Pool(pool.position, torch.full((100,), math.inf).double())
+    hopeless = pool._replace(log_proposal=torch.full((100,), math.inf).double())
     assert float(pool_effective_sample_size(model, hopeless)) == 0
     assert start_chains(model, hopeless, 7, generator).isfinite().all()
