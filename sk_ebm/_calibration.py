@@ -44,7 +44,7 @@ def fit_calibration(log_density: np.ndarray, label: np.ndarray, weight: np.ndarr
     Parameters
     ----------
     log_density : ndarray of shape (n, C)
-        Log densities (nats) of labelled rows under every class.
+        Log densities (nats) of labelled rows under every class; rows that are impossible in their own are left out.
     label : ndarray of shape (n,)
         Index of the class of each row.
     weight : ndarray of shape (n,)
@@ -56,16 +56,23 @@ def fit_calibration(log_density: np.ndarray, label: np.ndarray, weight: np.ndarr
     label shift adaptation", 2020, arXiv 1901.06852.
     """
     n_classes = log_density.shape[1]
-    # Only differences between classes count; a class that is impossible at a row is hardly more than very unlikely.
-    evidence = np.maximum(log_density - log_density.max(1, keepdims=True), -1e4)
+    # No temperature and no offset can save a row that is impossible in its own class.
+    is_possible = np.isfinite(log_density[np.arange(len(label)), label])
+    log_density, label, weight = log_density[is_possible], label[is_possible], weight[is_possible]
+    # Only differences between classes count.
+    evidence = log_density - log_density.max(1, keepdims=True)
+    impossible = np.isneginf(evidence)
+    evidence[impossible] = 0.0
     one_hot = np.eye(n_classes)[label]
     log_prior = np.log(weight @ one_hot / weight.sum())
 
+    def logits(parameters: np.ndarray) -> np.ndarray:
+        return np.where(impossible, -np.inf, parameters[0] * evidence + parameters[1:] + log_prior)
+
     def loss(parameters: np.ndarray) -> tuple[float, np.ndarray]:
-        scale, offset = parameters[0], parameters[1:]
-        logits = scale * evidence + offset + log_prior
-        residual = weight[:, None] * (softmax(logits, axis=1) - one_hot)
-        value = -(weight * (log_softmax(logits, axis=1) * one_hot).sum(1)).sum()
+        log_probability = log_softmax(logits(parameters), axis=1)
+        residual = weight[:, None] * (np.exp(log_probability) - one_hot)
+        value = -(weight * log_probability[np.arange(len(label)), label]).sum()
         deviation = parameters - start
         gradient = np.concatenate([[(residual * evidence).sum()], residual.sum(0)])
         return value + 0.5 * _PRIOR_COUNT * float(deviation @ deviation), gradient + _PRIOR_COUNT * deviation
@@ -73,8 +80,7 @@ def fit_calibration(log_density: np.ndarray, label: np.ndarray, weight: np.ndarr
     start = np.concatenate([[1.0], np.zeros(n_classes)])
     bounds = [_SCALE_RANGE, *[(None, None)] * n_classes]
     found = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": 1000})
-    scale, offset = found.x[0], found.x[1:]
-    probability = softmax(scale * evidence + offset + log_prior, axis=1)
+    probability = softmax(logits(found.x), axis=1)
     information = np.diag(weight @ probability) - (weight[:, None] * probability).T @ probability
     covariance = np.linalg.inv(information + _PRIOR_COUNT * np.eye(n_classes))
-    return Calibration(float(scale), offset, covariance)
+    return Calibration(float(found.x[0]), found.x[1:], covariance)

@@ -83,8 +83,8 @@ class EBMFlowDensity(DensityMixin, BaseEstimator):
         Whether to stop when the held-out log-likelihood no longer improves, and to restore the best parameters.
         If False, training runs for `max_iter` iterations and keeps the last parameters.
     validation_fraction : float, default=0.25
-        Share of the rows that each energy holds out, rounded to one fold of an equal deal; more energies than folds
-        make more folds.
+        Share of the rows that each energy holds out, rounded to one fold of an equal deal. Every energy needs a fold
+        of its own, so with the default six energies it is 1/6 whatever larger share is asked for.
     n_iter_no_change : int, default=10
         Validation checks, one every five iterations, without improvement before stopping.
     tol : float, default=0.001
@@ -121,7 +121,7 @@ class EBMFlowDensity(DensityMixin, BaseEstimator):
         "validation_log_likelihood" (nats per row, mean of the single energies), "log_normalizer",
         "effective_sample_size".
     n_iter_ : int
-        Most iterations run on any base.
+        Most iterations run on any base kept.
     converged_ : bool
         Whether training stopped because the held-out log-likelihood no longer improved, on every base kept.
     base_ : dict
@@ -131,7 +131,8 @@ class EBMFlowDensity(DensityMixin, BaseEstimator):
         How training ended, in one sentence.
     oob_log_density_ : ndarray of shape (n_samples,)
         Log density (nats) of each training row under the energies that have not seen it, nan where all have:
-        free of the optimism of `score_samples` on training rows.
+        free of most of the optimism of `score_samples` on training rows. The feature map has seen all rows, which
+        flatters by little but for normal scores of few rows.
     density_ : torch.nn.Module
         Energies on their bases; ``density_.log_density`` maps z to unnormalised log densities.
     proposal_ : torch.nn.Module
@@ -334,7 +335,7 @@ class EBMFlowDensity(DensityMixin, BaseEstimator):
             Rows in the units of the training data.
         """
         check_is_fitted(self)
-        n_samples, generator = _check_n_samples(n_samples), _generator(random_state)
+        n_samples, generator = check_n_samples(n_samples), _generator(random_state)
         z = draw_from_density(self.density_.log_density, self.proposal_, n_samples, generator)
         return torch.cat([self.feature_map_.inverse(part) for part in z.split(_SCORE_CHUNK)]).numpy()
 
@@ -360,10 +361,14 @@ class EBMFlowDensity(DensityMixin, BaseEstimator):
         """
         check_is_fitted(self)
         generator = _generator(random_state)
-        pool = draw_pool(self.proposal_, _check_n_samples(n_samples), generator)
-        log_weights = [log_weight(self.density_.log_density, part) for part in pool.split(_SCORE_CHUNK)]
-        X = torch.cat([self.feature_map_.inverse(part) for part in pool.position.split(_SCORE_CHUNK)])
-        return X.numpy(), (torch.cat(log_weights) - self.log_normalizer_).exp().numpy()
+        X = np.empty((check_n_samples(n_samples), self.n_features_in_))
+        weight = np.empty(len(X))
+        for start in range(0, len(X), _SCORE_CHUNK):
+            rows = slice(start, start + _SCORE_CHUNK)
+            pool = draw_pool(self.proposal_, len(weight[rows]), generator)
+            X[rows] = self.feature_map_.inverse(pool.position).numpy()
+            weight[rows] = (log_weight(self.density_.log_density, pool) - self.log_normalizer_).exp().numpy()
+        return X, weight
 
     def _fit(self, X: Any, sample_weight: Any) -> None:
         self._validate_params()
@@ -429,6 +434,11 @@ class EBMFlowDensity(DensityMixin, BaseEstimator):
     def _own_energies(self, n_members: int, n_features: int) -> SeparateEnergies:
         """Build the networks of the user's `energy`."""
         assert self.energy is not None
+        if isinstance(self.energy, nn.Module):
+            raise TypeError(
+                "energy must be a function that builds a network, n_features -> torch.nn.Module, so that every member "
+                f"gets its own; got the network {self.energy!r}. Try energy=lambda n_features: ..."
+            )
         networks = [self.energy(n_features) for _ in range(n_members)]
         if not isinstance(networks[0], nn.Module):
             raise TypeError(f"energy must build a torch.nn.Module, got {networks[0]!r}.")
@@ -493,12 +503,12 @@ def _generator(random_state: Any) -> torch.Generator:
     return torch.Generator().manual_seed(int(check_random_state(random_state).randint(2**31 - 1)))
 
 
-def _check_n_samples(n_samples: Any) -> int:
+def check_n_samples(n_samples: Any, minimum: int = 1) -> int:
     """Check a number of rows to draw."""
     if not isinstance(n_samples, Integral) or isinstance(n_samples, bool):
         raise TypeError(f"n_samples must be an integer, got {n_samples!r}.")
-    if n_samples < 1:
-        raise ValueError(f"n_samples must be at least 1, got {n_samples}.")
+    if n_samples < minimum:
+        raise ValueError(f"n_samples must be at least {minimum}, got {n_samples}.")
     return int(n_samples)
 
 

@@ -1,5 +1,6 @@
 """Class proportions: of a fitted density, and of unlabelled rows under prior shift, with standard errors."""
 
+import copy
 import inspect
 import warnings
 from typing import Any, NamedTuple
@@ -14,12 +15,13 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, has_fit_parameter, validate_data
 
 from sk_ebm._calibration import fit_calibration, no_calibration
-from sk_ebm._density import EBMFlowDensity
+from sk_ebm._density import EBMFlowDensity, check_n_samples
 from sk_ebm._log_normalizer import effective_sample_size
 from sk_ebm._stacking import mixture_shares
 
 _TRUSTED_DRAWS = 100
 _CALIBRATION_FOLDS = 5
+_ABSENT = 1e-6
 
 
 class ProportionsWarning(UserWarning):
@@ -64,7 +66,7 @@ def class_proportions(
     classifier : fitted classifier or callable
         Classifier with `predict_proba` or `predict`, or a function from rows to labels.
     n_samples : int, default=20000
-        Number of rows to draw.
+        Number of rows to draw, at least 2.
     response_method : {"auto", "predict_proba", "predict"}, default="auto"
         What to count: probabilities or labels. "auto" takes probabilities where the classifier has them.
     random_state : int, RandomState instance or None, default=None
@@ -78,7 +80,10 @@ def class_proportions(
     Raises
     ------
     ValueError
-        If `response_method` is unknown, or the classifier returns the wrong number of labels.
+        If `response_method` is unknown, there are fewer than two draws, or the classifier returns the wrong number of
+        labels.
+    TypeError
+        If the density has no `sample`.
 
     Examples
     --------
@@ -92,7 +97,7 @@ def class_proportions(
     """
     if response_method not in ("auto", "predict_proba", "predict"):
         raise ValueError(f"response_method must be 'auto', 'predict_proba' or 'predict', got {response_method!r}.")
-    X, weight = _weighted_rows(density, n_samples, random_state)
+    X, weight = _weighted_rows(density, check_n_samples(n_samples, minimum=2), random_state)
     classes, membership = _memberships(classifier, X, response_method)
     weight = weight / weight.sum()
     proportions = weight @ membership
@@ -110,12 +115,14 @@ class DensityClassifier(ClassifierMixin, BaseEstimator):
     Parameters
     ----------
     density : estimator, default=None
-        Density with `fit` and `score_samples`, cloned for each class; None takes EBMFlowDensity.
+        Density with `fit` and `score_samples`, cloned for each class; None takes EBMFlowDensity. All must score in
+        the same units: scale the features before this estimator, not in a pipeline of each class.
     class_prior : array-like of shape (n_classes,), default=None
         Prior probabilities of the classes for `predict` and `predict_proba`; None takes the training shares.
     calibrate : bool, default=True
         Whether to learn a common temperature and an offset per class from densities of rows they have not seen.
-        EBMFlowDensity holds out rows of its own; another density is fitted five times more for this.
+        EBMFlowDensity holds out rows of its own; another density is fitted five times more for this. Where a class
+        has too few rows to hold some out, a ProportionsWarning says that nothing was calibrated.
     n_jobs : int, default=None
         Classes fitted at a time, by joblib.
     random_state : int, RandomState instance or None, default=None
@@ -181,7 +188,7 @@ class DensityClassifier(ClassifierMixin, BaseEstimator):
         y : array-like of shape (n_samples,)
             Class labels.
         sample_weight : array-like of shape (n_samples,), default=None
-            Non-negative weights.
+            Non-negative weights: a row of weight 2 counts as the row twice, also in the evidence for a calibration.
 
         Returns
         -------
@@ -192,40 +199,17 @@ class DensityClassifier(ClassifierMixin, BaseEstimator):
         ------
         ValueError
             If the density cannot be fitted to a class; the message names the class and the number of its rows.
+        TypeError
+            If the density has no `score_samples`, or takes no `sample_weight` where there is one.
         """
-        X, y = validate_data(self, X, y, dtype=[np.float64, np.float32])
-        check_classification_targets(y)
-        weight = np.ones(len(X))
-        if sample_weight is not None:
-            weight = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
-        classes, label = np.unique(y[weight > 0], return_inverse=True)
-        X, given_weight, weight = X[weight > 0], sample_weight, weight[weight > 0]
-        prior = self._prior(np.bincount(label, weights=weight) / weight.sum())
-        densities = self._unfitted_densities(len(classes))
-        if given_weight is not None and not has_fit_parameter(densities[0], "sample_weight"):
-            raise TypeError(
-                f"{type(densities[0]).__name__} takes no sample_weight; fit without, or use another density."
-            )
-        parts = [
-            (X[label == k], None if given_weight is None else weight[label == k], name)
-            for k, name in enumerate(classes)
-        ]
-        fit = Parallel(n_jobs=self.n_jobs)
-        self.densities_ = fit(delayed(_fit_class)(d, *part) for d, part in zip(densities, parts, strict=True))
-        self.classes_, self.class_prior_ = classes, prior
-        errors = np.array([getattr(density, "log_normalizer_std_error_", 0.0) for density in self.densities_])
-        self.calibration_ = no_calibration(errors)
-        if self.calibrate and len(classes) > 1:
-            own = fit(
-                delayed(_held_out_log_density)(d, fitted, *part)
-                for d, fitted, part in zip(densities, self.densities_, parts, strict=True)
-            )
-            log_density = self.score_samples_by_class(X)
-            for k, values in enumerate(own):
-                log_density[label == k, k] = values
-            is_known = ~np.isnan(log_density).any(1) & np.isfinite(log_density).any(1)
-            if len(np.unique(label[is_known])) == len(classes):
-                self.calibration_ = fit_calibration(log_density[is_known], label[is_known], weight[is_known])
+        before = dict(vars(self))
+        try:
+            self._fit(X, y, sample_weight)
+        except BaseException:
+            # A failed fit leaves the previous one whole.
+            self.__dict__.clear()
+            self.__dict__.update(before)
+            raise
         return self
 
     def predict(self, X: Any) -> np.ndarray:
@@ -240,13 +224,13 @@ class DensityClassifier(ClassifierMixin, BaseEstimator):
     def predict_log_proba(self, X: Any) -> np.ndarray:
         """Return the log probability of each class for each row, shape (n_samples, n_classes).
 
-        A row where every density is zero gets the prior.
+        A row where every density of positive prior is zero gets the prior.
         """
         check_is_fitted(self)
-        log_density = self.calibration_(self.score_samples_by_class(X))
-        log_density[np.isneginf(log_density).all(1)] = 0.0
         with np.errstate(divide="ignore"):
-            joint = log_density + np.log(self.class_prior_)
+            log_prior = np.log(self.class_prior_)
+        joint = self.calibration_(self.score_samples_by_class(X)) + log_prior
+        joint[np.isneginf(joint).all(1)] = log_prior
         return joint - logsumexp(joint, axis=1, keepdims=True)
 
     def score_samples_by_class(self, X: Any) -> np.ndarray:
@@ -306,10 +290,56 @@ class DensityClassifier(ClassifierMixin, BaseEstimator):
         """Return the estimated proportions alone, in the order of `classes_`, as quantification packages do."""
         return self.estimate_proportions(X).proportions
 
+    def _fit(self, X: Any, y: Any, sample_weight: Any) -> None:
+        X, y = validate_data(self, X, y, dtype=[np.float64, np.float32])
+        check_classification_targets(y)
+        weight = np.ones(len(X))
+        if sample_weight is not None:
+            weight = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
+        classes, label = np.unique(y[weight > 0], return_inverse=True)
+        X, given_weight, weight = X[weight > 0], sample_weight, weight[weight > 0]
+        prior = self._prior(np.bincount(label, weights=weight) / weight.sum())
+        densities = self._unfitted_densities(len(classes))
+        if given_weight is not None and not has_fit_parameter(densities[0], "sample_weight"):
+            raise TypeError(
+                f"{type(densities[0]).__name__} takes no sample_weight; fit without, or use another density."
+            )
+        parts = [
+            (X[label == k], None if given_weight is None else weight[label == k], name)
+            for k, name in enumerate(classes)
+        ]
+        fit = Parallel(n_jobs=self.n_jobs)
+        self.densities_ = fit(delayed(_fit_class)(d, *part) for d, part in zip(densities, parts, strict=True))
+        self.classes_, self.class_prior_ = classes, prior
+        errors = np.array([getattr(density, "log_normalizer_std_error_", 0.0) for density in self.densities_])
+        self.calibration_ = no_calibration(errors)
+        if self.calibrate and len(classes) > 1:
+            own = fit(
+                delayed(_held_out_log_density)(d, fitted, *part)
+                for d, fitted, part in zip(densities, self.densities_, parts, strict=True)
+            )
+            log_density = self.score_samples_by_class(X)
+            for k, values in enumerate(own):
+                log_density[label == k, k] = values
+            is_known = ~np.isnan(log_density).any(1) & np.isfinite(log_density[np.arange(len(label)), label])
+            n_known = np.bincount(label[is_known], minlength=len(classes))
+            if n_known.all():
+                self.calibration_ = fit_calibration(log_density[is_known], label[is_known], weight[is_known])
+            else:
+                warnings.warn(
+                    f"Class {classes[n_known.argmin()]} has too few rows to hold some out, so log densities are used "
+                    "as they are. Set calibrate=False to agree, or give more rows.",
+                    ProportionsWarning,
+                    stacklevel=3,
+                )
+
     def _prior(self, shares: np.ndarray) -> np.ndarray:
         if self.class_prior is None:
             return shares
-        prior = np.asarray(self.class_prior, dtype=np.float64)
+        try:
+            prior = np.asarray(self.class_prior, dtype=np.float64)
+        except (TypeError, ValueError):
+            prior = np.empty(0)
         if prior.shape != shares.shape or (prior < 0).any() or not np.isclose(prior.sum(), 1):
             raise ValueError(
                 f"class_prior must hold {len(shares)} non-negative numbers that sum to one, one per class, "
@@ -319,11 +349,14 @@ class DensityClassifier(ClassifierMixin, BaseEstimator):
 
     def _unfitted_densities(self, n_classes: int) -> list[Any]:
         prototype = EBMFlowDensity() if self.density is None else self.density
+        if not hasattr(prototype, "score_samples"):
+            raise TypeError(f"density must have `score_samples`, as KernelDensity has, got {prototype!r}.")
         densities = [clone(prototype) for _ in range(n_classes)]
-        if self.random_state is not None and "random_state" in prototype.get_params():
+        if self.random_state is not None:
+            seeds = [name for name in prototype.get_params() if name.rpartition("__")[-1] == "random_state"]
             random_state = check_random_state(self.random_state)
             for density in densities:
-                density.set_params(random_state=random_state.randint(2**31 - 1))
+                density.set_params(**{name: random_state.randint(2**31 - 1) for name in seeds})
         return densities
 
 
@@ -351,17 +384,28 @@ def _held_out_log_density(
     fold = (np.random.default_rng(0).permutation(len(kinds)) % _CALIBRATION_FOLDS)[kind.ravel()]
     for k in range(_CALIBRATION_FOLDS):
         seen, unseen = fold != k, fold == k
-        density = _fit_class(clone(unfitted), X[seen], None if weight is None else weight[seen], name)
+        try:
+            density = _fit_class(clone(unfitted), X[seen], None if weight is None else weight[seen], name)
+        except ValueError:
+            # The class as a whole is large enough for its density, four fifths of it are not.
+            continue
         held_out[unseen] = density.score_samples(X[unseen])
     return held_out
 
 
 def _weighted_rows(density: Any, n_samples: int, random_state: Any) -> tuple[np.ndarray, np.ndarray]:
     """Draw rows and weights that stand for the density."""
-    if not hasattr(density, "importance_sample"):
-        options = (
-            {"random_state": random_state} if "random_state" in inspect.signature(density.sample).parameters else {}
+    if not hasattr(density, "sample"):
+        raise TypeError(
+            f"{type(density).__name__} has no `sample`. Pass the fitted density itself, such as the last step of a "
+            "pipeline, and a classifier of rows in its units."
         )
+    if not hasattr(density, "importance_sample"):
+        options = {}
+        if "random_state" in inspect.signature(density.sample).parameters:
+            options["random_state"] = random_state
+        elif random_state is not None and "random_state" in density.get_params():
+            density = copy.copy(density).set_params(random_state=random_state)
         drawn = density.sample(n_samples, **options)
         return drawn[0] if isinstance(drawn, tuple) else drawn, np.ones(n_samples)
     X, weight = density.importance_sample(n_samples, random_state)
@@ -379,6 +423,8 @@ def _weighted_rows(density: Any, n_samples: int, random_state: Any) -> tuple[np.
 
 def _memberships(classifier: Any, X: np.ndarray, response_method: str) -> tuple[np.ndarray, np.ndarray]:
     """Return the classes and the membership of each row in each, shape (n, n_classes)."""
+    if isinstance(classifier, BaseEstimator):
+        check_is_fitted(classifier)
     if response_method != "predict" and hasattr(classifier, "predict_proba"):
         return np.asarray(classifier.classes_), np.asarray(classifier.predict_proba(X))
     if response_method == "predict_proba":
@@ -398,15 +444,26 @@ def _std_errors(
     """Return standard errors of maximum-likelihood proportions.
 
     The observed information is ``H = sum_i w_i r_i r_i'`` with ``r_ic = p_c(x_i) / sum_k share_k p_k(x_i)``,
-    restricted to changes that keep the sum of the shares; an offset of log p_c shifts the shares through the score.
+    restricted to changes of the positive shares that keep their sum; an offset of log p_c shifts the shares through
+    the score. A share of zero is no stationary point: its error is how far it can rise, the others shrinking in
+    proportion, before the log-likelihood has fallen by one half, which inside the simplex is one standard error too.
     """
-    n_classes = len(proportions)
     with np.errstate(divide="ignore"):
         log_mixture = logsumexp(log_density + np.log(proportions), axis=1, keepdims=True)
     ratio = np.exp(log_density - log_mixture)
-    information = (weight[:, None] * ratio).T @ ratio
+    is_present = proportions > _ABSENT
+    std_errors = np.empty(len(proportions))
+
+    present, share = ratio[:, is_present], proportions[is_present]
+    information = (weight[:, None] * present).T @ present
     # Orthonormal basis of the changes that sum to zero.
-    basis = np.linalg.svd(np.ones((1, n_classes)))[2][1:].T
+    basis = np.linalg.svd(np.ones((1, len(share))))[2][1:].T
     covariance = basis @ np.linalg.pinv(basis.T @ information @ basis) @ basis.T
-    shift = covariance @ (np.diag(weight @ ratio) - information * proportions)
-    return np.sqrt(np.diag(covariance + shift @ offset_covariance @ shift.T))
+    shift = covariance @ (np.diag(weight @ present) - information * share)
+    offset_covariance = offset_covariance[np.ix_(is_present, is_present)]
+    std_errors[is_present] = np.sqrt(np.diag(covariance + shift @ offset_covariance @ shift.T))
+
+    slope = np.maximum(weight.sum() - weight @ ratio[:, ~is_present], 0.0)
+    curvature = weight @ np.square(ratio[:, ~is_present] - 1)
+    std_errors[~is_present] = 1 / (slope + np.sqrt(np.square(slope) + curvature))
+    return std_errors

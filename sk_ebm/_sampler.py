@@ -38,8 +38,12 @@ class MixtureProposal(Density):
         self.proportions = list(proportions)
 
     def sample(self, n_samples: int, generator: torch.Generator) -> torch.Tensor:
-        """Draw `n_samples` rows, each component's share as even as rounding allows, in random order."""
-        edges = [round(n_samples * share) for share in itertools.accumulate(self.proportions)]
+        """Draw `n_samples` rows in random order, from each component as many as its share, rounded up or down.
+
+        One random offset rounds all, so the expected number of each component is exact however few rows are drawn.
+        """
+        offset = float(torch.rand(1, generator=generator, device=generator.device))
+        edges = [math.floor(n_samples * share + offset) for share in itertools.accumulate(self.proportions)]
         edges[-1] = n_samples
         counts = [stop - start for start, stop in itertools.pairwise([0, *edges])]
         z = torch.cat(

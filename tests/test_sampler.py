@@ -12,6 +12,7 @@ from sk_ebm._mixture import fit_gaussian, fit_mixtures
 from sk_ebm._model import TiltedEnsemble
 from sk_ebm._sampler import (
     Chains,
+    MixtureProposal,
     defensive_proposal,
     draw_from_density,
     draw_pool,
@@ -68,6 +69,14 @@ def test_controls_of_a_pool_are_component_ratios_of_mean_one(proposal, generator
     assert bool(((pool.controls.mean(-1) - 1).abs() < 4 * std_error + 1e-12).all())
 
 
+def test_few_proposals_come_from_each_component_as_often_as_its_share():
+    """Components at -100 and 100 whose counts can be read off the draws."""
+    components = [fit_gaussian(centre + torch.eye(2).double(), torch.ones(2).double()) for centre in (-100, 100)]
+    proposal, generator = MixtureProposal(components, [0.9, 0.1]), torch.Generator().manual_seed(0)
+    n_second = [int((proposal.sample(3, generator)[:, 0] > 0).sum()) for _ in range(2000)]
+    assert sum(n_second) / 6000 == pytest.approx(0.1, abs=0.015)
+
+
 @pytest.mark.parametrize("n_samples", [1, 2, 3, 7, 1000])
 def test_proposal_draws_as_many_as_asked(proposal, generator, n_samples):
     assert proposal.sample(n_samples, generator).shape == (n_samples, 2)
@@ -83,7 +92,7 @@ def test_chains_reach_each_members_own_density(model, proposal, generator, globa
         report = chains.move(model, proposal, draw_pool(proposal, 800, generator), generator)
         means.append(chains.position.mean(1))
     inside = torch.stack(means[5:]).mean(0)
-    torch.testing.assert_close(inside[0], torch.zeros(2).double(), atol=0.06, rtol=0)
+    torch.testing.assert_close(inside[0], torch.zeros(2).double(), atol=0.08, rtol=0)
     # The ball the energy is pulled into shortens the shift a little.
     assert 0.55 < inside[1].mean() < 0.75
     assert 0 < report.global_acceptance <= 1

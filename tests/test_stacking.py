@@ -37,3 +37,14 @@ def test_a_useless_candidate_gets_nothing():
     z = torch.randn(500, generator=torch.Generator().manual_seed(2))
     shares = mixture_shares(torch.stack([log_normal(z, 0.0), log_normal(z, 9.0)]), torch.ones(500))
     assert shares[0] > 0.999
+
+
+def test_overlapping_densities_reach_the_maximum():
+    """Plain EM stops far from the maximum where densities hardly differ."""
+    generator = torch.Generator().manual_seed(3)
+    z = torch.randn(20_000, generator=generator) + 0.05 * (torch.rand(20_000, generator=generator) < 0.9)
+    held_out = torch.stack([log_normal(z, 0.0), log_normal(z, 0.05)]).double()
+    share = float(mixture_shares(held_out, torch.ones(20_000))[0])
+    grid = torch.linspace(0.001, 0.999, 999).double().unsqueeze(-1)
+    likelihood = torch.logaddexp(grid.log() + held_out[0], (1 - grid).log() + held_out[1]).sum(-1)
+    assert abs(share - float(grid[likelihood.argmax()])) < 0.002
