@@ -381,6 +381,12 @@ class EBMFlowDensity(DensityMixin, BaseEstimator):
             self._fold_seed = int(torch.randint(2**62, (1,), generator=generator))
         folds_generator = torch.Generator().manual_seed(self._fold_seed)
         data, position = deal_to_folds(X, sample_weight, self.validation_fraction, self.n_estimators, folds_generator)
+        if previous is not None and data.n_members != len(previous.candidates[0].model):
+            raise ValueError(
+                f"warm_start goes on with the {len(previous.candidates[0].model)} energies of the previous fit, but "
+                f"{len(data.rows)} different rows are enough for {data.n_members}. Use the same X, or set "
+                "warm_start=False."
+            )
         history: list[dict[str, Any]] = []
 
         def report(base: str, check: dict[str, float]) -> None:

@@ -196,9 +196,9 @@ class _Trainer:
 
     def train(self, name: str, model: TiltedEnsemble, flow: Density) -> Candidate:
         """Train copies of the model's energies and of the flow."""
-        model = copy.deepcopy(model).to(self.settings.device, torch.float32).requires_grad_(True)
+        model = copy.deepcopy(model).to(self.settings.device, torch.float32)
         flow = copy.deepcopy(flow).to(self.settings.device, torch.float32).requires_grad_(True)
-        model.bases.requires_grad_(False)
+        model.thaw()
         result = train(
             model,
             flow,

@@ -32,6 +32,8 @@ class TiltedEnsemble(nn.Module):
         super().__init__()
         self.bases = ModuleList(bases).requires_grad_(False)
         self.energies = energies
+        # A user's energy may hold parameters that are not to be trained.
+        self._is_trained = [parameter.requires_grad for parameter in energies.parameters()]
 
     def __len__(self) -> int:
         return len(self.bases)
@@ -59,7 +61,14 @@ class TiltedEnsemble(nn.Module):
 
     def frozen_copy(self) -> "TiltedEnsemble":
         """Return a copy, on the same bases, whose energies no longer train."""
-        return TiltedEnsemble(list(self.bases), copy.deepcopy(self.energies).requires_grad_(False))
+        frozen = TiltedEnsemble(list(self.bases), copy.deepcopy(self.energies).requires_grad_(False))
+        frozen._is_trained = self._is_trained
+        return frozen
+
+    def thaw(self) -> None:
+        """Let the energies train again, but for those parameters that were not trained from the start."""
+        for parameter, is_trained in zip(self.energies.parameters(), self._is_trained, strict=True):
+            parameter.requires_grad_(is_trained)
 
 
 class StackedDensity(nn.Module):

@@ -329,6 +329,37 @@ def test_own_energy_is_trained():
     assert len(energies) == 2
 
 
+def energy_with_a_frozen_layer(n_features):
+    first = nn.Linear(n_features, 8).requires_grad_(False)
+    nn.init.constant_(first.weight, 0.25)
+    return nn.Sequential(first, nn.Tanh(), nn.Linear(8, 1), nn.Flatten(0))
+
+
+def test_frozen_parameters_of_a_users_energy_stay_as_they_are():
+    X = two_clusters(60, 2)
+    model = quick(energy=energy_with_a_frozen_layer, max_iter=3, warm_start=True).fit(X).fit(X)
+    for network in model.density_.ensembles[0].energies.networks:
+        assert bool((network[0].weight == 0.25).all())
+        assert not bool((network[2].bias == 0).all())
+
+
+def test_a_network_as_energy_is_no_function_that_builds_one():
+    with pytest.raises(TypeError, match="function that builds a network"):
+        quick(energy=nn.Linear(2, 1)).fit(two_clusters(60, 2))
+
+
+def test_warm_start_with_too_few_rows_says_so():
+    model = quick(n_estimators=4, warm_start=True).fit(two_clusters(60, 2))
+    with pytest.raises(ValueError, match="3 different rows are enough for 3"):
+        model.fit(two_clusters(60, 2)[:3])
+
+
+def test_few_importance_draws_have_mean_weight_one():
+    model = quick().fit(two_clusters(60, 2))
+    weight = np.concatenate([model.importance_sample(3, random_state=seed)[1] for seed in range(700)])
+    assert abs(weight.mean() - 1) < 4 * weight.std() / np.sqrt(len(weight))
+
+
 def test_early_stopping_off_runs_to_the_end():
     model = quick(early_stopping=False, max_iter=12, n_iter_no_change=1).fit(two_clusters(60, 2))
     assert model.n_iter_ == 12
