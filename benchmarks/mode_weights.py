@@ -26,7 +26,7 @@ from tasks import Task, eight_gaussians, eight_modes, two_modes
 
 from sk_ebm import EBMFlowDensity, class_proportions
 
-N_TRAIN, N_DRAWS, N_REPETITIONS, N_TRUTH = 5000, 100_000, 100, 1_000_000
+N_TRAIN, N_DRAWS, N_REPETITIONS, N_TRUTH = 5000, 100_000, 100, 200_000
 
 
 def tasks() -> list[Task]:

@@ -90,17 +90,22 @@ class Monitor:
     history: list[dict[str, float]] = field(default_factory=list)
     best_score: float = -math.inf
     best: Any = None
+    _bar: float = -math.inf
+    _reference: float = -math.inf
     _stale: int = 0
 
     def record(self, check: dict[str, float], keep: Callable[[], Any]) -> None:
         """Add a validation check; `keep` returns a copy of what to restore if this check is the best."""
         self.history.append(check)
         score = check["validation_log_likelihood"]
-        # A lead below the noise would move the weights of modes for nothing.
-        is_better = score > self.best_score + self.settings.tol
-        self._stale = 0 if is_better else self._stale + 1
-        if is_better or not self.settings.early_stopping:
+        if score > self._bar or not self.settings.early_stopping:
+            # Energies must beat the start clearly: a lead below the noise would move the weights of modes for nothing.
+            self._bar = score + (self.settings.tol if self.best is None else 0.0)
             self.best_score, self.best = score, keep()
+        if score > self._reference + self.settings.tol:
+            self._reference, self._stale = score, 0
+        else:
+            self._stale += 1
 
     def is_converged(self) -> bool:
         """Return whether the score has not improved for `n_iter_no_change` checks."""

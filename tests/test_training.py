@@ -96,7 +96,7 @@ def test_a_sampler_that_cannot_follow_stops_training_by_name():
     assert result.outcome is Outcome.SAMPLER_TOO_WEAK
 
 
-def test_monitor_stops_after_the_agreed_number_of_stale_checks_and_keeps_the_best_clear_lead():
+def test_monitor_stops_after_the_agreed_number_of_stale_checks_and_keeps_the_best():
     monitor = Monitor(settings(n_iter_no_change=2, tol=0.1))
     scores = [1.0, 2.0, 2.05, 1.5]
     stops = []
@@ -104,7 +104,14 @@ def test_monitor_stops_after_the_agreed_number_of_stale_checks_and_keeps_the_bes
         monitor.record({"iteration": iteration, "validation_log_likelihood": score}, lambda i=iteration: i)
         stops.append(monitor.is_converged())
     assert stops == [False, False, False, True]
-    assert monitor.best == 1
+    assert monitor.best == 2
+
+
+def test_monitor_keeps_the_start_unless_energies_beat_it_clearly():
+    monitor = Monitor(settings(tol=0.1))
+    for iteration, score in enumerate([1.0, 1.09, 1.08]):
+        monitor.record({"iteration": iteration, "validation_log_likelihood": score}, lambda i=iteration: i)
+    assert monitor.best == 0
 
 
 def test_monitor_without_early_stopping_keeps_the_last():
