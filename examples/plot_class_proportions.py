@@ -85,7 +85,7 @@ print(f"  largest difference {100 * np.abs(of_density.proportions - of_data).max
 # small mixture and no more, and asking for that saves time. Counting predicted labels is biased towards the shares of
 # the labelled rows.
 
-model = DensityClassifier(EBMFlowDensity(base="mixture"), random_state=0).fit(X_labelled, y_labelled)
+model = DensityClassifier(EBMFlowDensity(base="mixture", max_iter=20), random_state=0).fit(X_labelled, y_labelled)
 found = model.estimate_proportions(X_thin)
 counted = np.bincount(model.predict(X_thin), minlength=10) / len(X_thin)
 
