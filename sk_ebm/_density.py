@@ -2,7 +2,8 @@
 
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from numbers import Integral, Real
 from typing import Any
 
@@ -266,14 +267,8 @@ class EBMFlowDensity(DensityMixin, BaseEstimator):
             If X has missing or infinite values, a constant feature or fewer than two different rows, or if
             weights are negative or all zero.
         """
-        before = dict(vars(self))
-        try:
+        with restored_on_failure(self):
             self._fit(X, sample_weight)
-        except BaseException:
-            # A failed fit leaves the previous one whole.
-            self.__dict__.clear()
-            self.__dict__.update(before)
-            raise
         return self
 
     def score_samples(self, X: Any) -> np.ndarray:
@@ -493,6 +488,18 @@ class EBMFlowDensity(DensityMixin, BaseEstimator):
                     TrainingWarning,
                     stacklevel=4,
                 )
+
+
+@contextmanager
+def restored_on_failure(estimator: BaseEstimator) -> Iterator[None]:
+    """Leave the estimator as it was if the block fails: a failed fit keeps the previous one whole."""
+    before = dict(vars(estimator))
+    try:
+        yield
+    except BaseException:
+        vars(estimator).clear()
+        vars(estimator).update(before)
+        raise
 
 
 def _to_tensor(X: np.ndarray) -> torch.Tensor:

@@ -15,7 +15,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, has_fit_parameter, validate_data
 
 from sk_ebm._calibration import fit_calibration, no_calibration
-from sk_ebm._density import EBMFlowDensity, check_n_samples
+from sk_ebm._density import EBMFlowDensity, check_n_samples, restored_on_failure
 from sk_ebm._log_normalizer import effective_sample_size
 from sk_ebm._stacking import mixture_shares
 
@@ -202,14 +202,8 @@ class DensityClassifier(ClassifierMixin, BaseEstimator):
         TypeError
             If the density has no `score_samples`, or takes no `sample_weight` where there is one.
         """
-        before = dict(vars(self))
-        try:
+        with restored_on_failure(self):
             self._fit(X, y, sample_weight)
-        except BaseException:
-            # A failed fit leaves the previous one whole.
-            self.__dict__.clear()
-            self.__dict__.update(before)
-            raise
         return self
 
     def predict(self, X: Any) -> np.ndarray:
