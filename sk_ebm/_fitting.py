@@ -24,9 +24,9 @@ from sk_ebm._sampler import (
     pool_log_weight,
 )
 from sk_ebm._selection import MAX_FIT_ROWS, Bases, choose_feature_map, cross_fit_bases
-from sk_ebm._stacking import mixture_shares
+from sk_ebm._stacking import stacking_shares
 from sk_ebm._support import FeatureMap, fit_feature_map
-from sk_ebm._training import MAX_JUDGED_ROWS, TrainResult, TrainSettings, fit_flow, train
+from sk_ebm._training import MAX_JUDGED_ROWS, Outcome, TrainResult, TrainSettings, fit_flow, train
 from sk_ebm._types import Density
 
 # A flow that gains less than this (nats) over a Gaussian has learnt nothing a mixture would not have.
@@ -34,7 +34,6 @@ _MIN_FLOW_GAIN = 0.1
 # Nats by which one flow must lead the energies: a base of flows costs more than all others together.
 _MIN_FLOW_LEAD = 0.02
 _FLOW_STEPS = 300
-_MIN_SHARE = 0.1
 _STACKING_DRAWS = 20_000
 _CHUNK = 8192
 _MIN_DRAWS = 2 * _CHUNK
@@ -96,19 +95,22 @@ def fit_model(
     log_det = float(data.weight @ log_det_rows / data.weight.sum())
     trainer = _Trainer(z, settings, generator, report, log_det)
     if previous is None:
-        candidates = trainer.train_candidates(bases)
+        trained = trainer.train_candidates(bases)
     else:
-        candidates = [trainer.train(old.name, old.model, old.flow) for old in previous.candidates]
-    held_out = trainer.held_out_log_prob(candidates)
-    shares = trainer.shares(held_out)
-    scores = {candidate.name: candidate.result.held_out_log_likelihood + log_det for candidate in candidates}
+        trained = [trainer.train(old.name, old.model, old.flow) for old in previous.candidates]
+    scores = {candidate.name: candidate.result.held_out_log_likelihood + log_det for candidate in trained}
+    candidates = [candidate for candidate in trained if candidate.result.outcome is not Outcome.LEFT_BEHIND]
+    held_out, effective_sample_size = trainer.held_out_log_prob(candidates)
+    # Only one proposal in C was drawn for a candidate.
+    is_covered = effective_sample_size >= settings.train.min_effective_sample_size / len(candidates)
+    shares = stacking_shares(held_out[:, :MAX_JUDGED_ROWS], data.weight[:MAX_JUDGED_ROWS], is_covered)
     kept = _to_float64([candidate for candidate, share in zip(candidates, shares, strict=True) if share > 0])
     proposal = _joint_proposal(kept, settings.train.defensive_fraction)
     model = _stack(kept, [share for share in shares if share > 0], proposal, generator)
     fitted = FittedModel(
         feature_map,
         kept,
-        {candidate.name: share for candidate, share in zip(candidates, shares, strict=True)},
+        dict.fromkeys(scores, 0.0) | {c.name: share for c, share in zip(candidates, shares, strict=True)},
         scores,
         model,
         proposal,
@@ -179,7 +181,10 @@ class _Trainer:
         """Train energies on each base, and on a base of flows when `base` asks for one or it promises to win."""
         flow = self._make_flow()
         flow_score = self._fit_flow(flow, 0)
-        candidates = [self._start(name, bases[name].members, flow) for name in bases]
+        candidates: list[Candidate] = []
+        for name in sorted(bases, key=lambda name: -bases[name].score):
+            rival_score = max((c.result.held_out_log_likelihood for c in candidates), default=-math.inf)
+            candidates.append(self._start(name, bases[name].members, flow, rival_score))
         is_auto = self.settings.base == "auto"
         if self.settings.base == "flow" or (is_auto and self._is_promising(flow_score, bases, candidates)):
             candidates.append(self._start("flow", self._flow_bases(flow), flow))
@@ -194,7 +199,7 @@ class _Trainer:
         best_gain = max(c.result.held_out_log_likelihood for c in candidates) - bases["gaussian"].score
         return flow_gain > max(best_gain + _MIN_FLOW_LEAD, _MIN_FLOW_GAIN)
 
-    def train(self, name: str, model: TiltedEnsemble, flow: Density) -> Candidate:
+    def train(self, name: str, model: TiltedEnsemble, flow: Density, rival_score: float = -math.inf) -> Candidate:
         """Train copies of the model's energies and of the flow."""
         model = copy.deepcopy(model).to(self.settings.device, torch.float32)
         flow = copy.deepcopy(flow).to(self.settings.device, torch.float32).requires_grad_(True)
@@ -206,48 +211,44 @@ class _Trainer:
             self.settings.train,
             self.device_generator,
             lambda check: self.report(name, self._in_user_units(check)),
+            rival_score,
         )
         return Candidate(name, result.model, result.flow, result)
 
     @torch.no_grad()
-    def held_out_log_prob(self, candidates: list[Candidate]) -> torch.Tensor:
+    def held_out_log_prob(self, candidates: list[Candidate]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return each row's log density (nats, in z-space) under each candidate's member that never saw it.
 
-        The result has shape (C, n), in float64 on the CPU; it is nan for rows that every member has seen.
+        The result has shape (C, n), in float64 on the CPU; it is nan for rows that every member has seen. With it
+        comes the smallest effective sample size (a fraction) behind the normalizers of each candidate, shape (C,).
         """
         pool = draw_pool(
             _joint_proposal(candidates, self.settings.train.defensive_fraction), _STACKING_DRAWS, self.device_generator
         )
         held_out = torch.full((len(candidates), len(self.data.rows)), math.nan, dtype=torch.float64)
+        effective_sample_size = torch.empty(len(candidates))
         rows_of_member = [(self.data.fold == k).nonzero().squeeze(-1) for k in range(self.data.n_members)]
         padded = nn.utils.rnn.pad_sequence(rows_of_member, batch_first=True)
         for c, candidate in enumerate(candidates):
-            log_normalizer = self._member_log_normalizers(candidate.model, pool)
+            normalizers = self._member_log_normalizers(candidate.model, pool)
+            effective_sample_size[c] = min(normalizer.effective_sample_size for normalizer in normalizers)
+            log_normalizer = torch.tensor([normalizer.value for normalizer in normalizers])
             log_density = [candidate.model.log_density(self.data.rows[i]) for i in padded.split(_CHUNK, dim=1)]
             log_prob = (torch.cat(log_density, dim=1).cpu() - log_normalizer.unsqueeze(-1)).double()
             for k, rows in enumerate(rows_of_member):
                 held_out[c, rows.cpu()] = log_prob[k, : len(rows)]
-        return held_out
+        return held_out, effective_sample_size
 
-    def shares(self, held_out: torch.Tensor) -> list[float]:
-        """Return each candidate's share of the pool; small ones are set to zero."""
-        judged = held_out[:, :MAX_JUDGED_ROWS]
-        is_held_out = judged.isfinite().all(0)
-        weight = self.judged.weight.cpu()
-        shares = mixture_shares(judged[:, is_held_out], weight[is_held_out])
-        shares = torch.where(shares < _MIN_SHARE, 0.0, shares)
-        return [float(share) for share in shares / shares.sum()]
-
-    def _member_log_normalizers(self, model: TiltedEnsemble, pool: Pool) -> torch.Tensor:
-        """Return log Z (nats) of every member, shape (K,)."""
+    def _member_log_normalizers(self, model: TiltedEnsemble, pool: Pool) -> list[LogNormalizer]:
+        """Estimate log Z (nats) of every member."""
         weights = torch.cat([pool_log_weight(model, part) for part in pool.split(_CHUNK)], dim=-1)
-        return torch.tensor([estimate_log_normalizer(weight, pool.controls).value for weight in weights])
+        return [estimate_log_normalizer(weight, pool.controls) for weight in weights]
 
-    def _start(self, name: str, bases: list[Density], flow: Density) -> Candidate:
+    def _start(self, name: str, bases: list[Density], flow: Density, rival_score: float = -math.inf) -> Candidate:
         with seeded_modules(self.generator):
             energies = self.settings.make_energies(len(bases), self.data.rows.shape[1])
         _check_energies(energies, self.data.rows[:2].cpu())
-        return self.train(name, TiltedEnsemble(bases, energies), flow)
+        return self.train(name, TiltedEnsemble(bases, energies), flow, rival_score)
 
     def _make_flow(self) -> Density:
         with seeded_modules(self.generator):

@@ -1,18 +1,20 @@
 """Shares of known densities in a mixture, by maximum likelihood."""
 
+import math
+
 import torch
 
 _MAX_ITER = 2000
 # Nats by which the likelihood of all rows together may fall short of its maximum.
 _MAX_SHORTFALL = 1e-6
+# Smaller shares are not worth the time that scoring their candidate takes.
+_MIN_SHARE = 0.1
 
 
 def mixture_shares(log_density: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Maximise the weighted mean of ``log sum_c a_c p_c(row)`` over the simplex, a concave problem.
 
     EM steps are extrapolated, because plain EM all but stops long before the maximum where densities overlap.
-
-    Over densities scored on rows they have not seen, this is stacking.
 
     Parameters
     ----------
@@ -59,3 +61,26 @@ def mixture_shares(log_density: torch.Tensor, weight: torch.Tensor) -> torch.Ten
         is_better = weight @ (trial @ density).log() > weight @ (twice @ density).log()
         share = trial if bool(is_better) else twice
     return share / share.sum()
+
+
+def stacking_shares(held_out: torch.Tensor, weight: torch.Tensor, is_covered: torch.Tensor) -> list[float]:
+    """Return each candidate's share of a pool that makes rows most likely that no candidate has seen.
+
+    A candidate whose proposals miss some of its mass gets no share if there is another: its log Z is too low, which
+    flatters it.
+
+    Parameters
+    ----------
+    held_out : tensor of shape (C, n)
+        Log density (nats) of each row under each candidate; nan where a row was seen.
+    weight : tensor of shape (n,)
+        Non-negative row weights.
+    is_covered : tensor of shape (C,)
+        Whether the proposals cover the candidate.
+    """
+    is_covered = is_covered if is_covered.any() else ~is_covered
+    is_held_out = held_out[is_covered].isfinite().all(0)
+    log_density = torch.where(is_covered.unsqueeze(-1), held_out, -math.inf)[:, is_held_out]
+    shares = mixture_shares(log_density, weight[is_held_out])
+    shares = torch.where(shares < _MIN_SHARE, 0.0, shares)
+    return [float(share) for share in shares / shares.sum()]

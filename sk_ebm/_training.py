@@ -36,6 +36,8 @@ _MAX_GRAD_NORM = 5.0
 MAX_JUDGED_ROWS = 20_000
 _ROUNDS_BEFORE_BACKING_OFF = 4
 _MAX_ROUNDS_AT_GATE = 20
+# A base that trails another by this much (nats) when a quarter of the iterations are over has never earned a share.
+_HOPELESS = 1.0
 
 
 class Outcome(enum.Enum):
@@ -43,6 +45,7 @@ class Outcome(enum.Enum):
 
     CONVERGED = "the validation log-likelihood stopped improving"
     MAX_ITER = "max_iter was reached"
+    LEFT_BEHIND = "another base was too far ahead to catch up with"
     SAMPLER_TOO_WEAK = "the flow could no longer propose for the energy: the effective sample size stayed too low"
     NON_FINITE = "the loss became non-finite; the last good parameters were kept"
 
@@ -97,8 +100,10 @@ class Monitor:
     def record(self, check: dict[str, float], keep: Callable[[], Any]) -> None:
         """Add a validation check; `keep` returns a copy of what to restore if this check is the best."""
         self.history.append(check)
-        score = check["validation_log_likelihood"]
-        if score > self._bar or not self.settings.early_stopping:
+        # Draws that miss mass make log Z too low and the score too high: such a score does not count.
+        is_covered = check["effective_sample_size"] >= self.settings.min_effective_sample_size
+        score = check["validation_log_likelihood"] if is_covered or self.best is None else -math.inf
+        if score > self._bar or (is_covered and not self.settings.early_stopping):
             # Energies must beat the start clearly: a lead below the noise would move the weights of modes for nothing.
             self._bar = score + (self.settings.tol if self.best is None else 0.0)
             self.best_score, self.best = score, keep()
@@ -119,6 +124,7 @@ def train(
     settings: TrainSettings,
     generator: torch.Generator,
     report: Callable[[dict[str, float]], None] = lambda check: None,
+    rival_score: float = -math.inf,
 ) -> TrainResult:
     """Train the energies of `model` and the `flow` in place until a stopping rule fires.
 
@@ -136,6 +142,8 @@ def train(
         Source of all randomness.
     report : callable
         Called with every validation check.
+    rival_score : float
+        Validation log-likelihood per row (nats) that another base has reached already.
     """
     state = _TrainState(model, flow, data, settings, generator)
     monitor = Monitor(settings)
@@ -168,6 +176,9 @@ def train(
             report(check)
         if monitor.is_converged():
             outcome = Outcome.CONVERGED
+            break
+        if iteration == settings.max_iter // 4 and monitor.best_score < rival_score - _HOPELESS:
+            outcome = Outcome.LEFT_BEHIND
             break
         if rounds_at_gate >= _MAX_ROUNDS_AT_GATE:
             outcome = Outcome.SAMPLER_TOO_WEAK
@@ -291,7 +302,7 @@ class _TrainState:
             "train_log_likelihood": float((train_weight * log_prob).sum() / train_weight.sum()),
             "validation_log_likelihood": self.judged.held_out_mean(log_prob),
             "log_normalizer": float(log_normalizer.mean()),
-            "effective_sample_size": sum(e.effective_sample_size for e in estimates) / len(estimates),
+            "effective_sample_size": min(e.effective_sample_size for e in estimates),
         }
 
     def snapshot(self) -> tuple[TiltedEnsemble, Density]:

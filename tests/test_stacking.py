@@ -2,7 +2,7 @@
 
 import torch
 
-from sk_ebm._stacking import mixture_shares
+from sk_ebm._stacking import mixture_shares, stacking_shares
 
 
 def log_normal(z, mean, scale=1.0):
@@ -48,3 +48,19 @@ def test_overlapping_densities_reach_the_maximum():
     grid = torch.linspace(0.001, 0.999, 999).double().unsqueeze(-1)
     likelihood = torch.logaddexp(grid.log() + held_out[0], (1 - grid).log() + held_out[1]).sum(-1)
     assert abs(share - float(grid[likelihood.argmax()])) < 0.002
+
+
+def test_a_candidate_of_uncertain_normalizer_is_left_out_if_another_is_certain():
+    z = torch.randn(500, generator=torch.Generator().manual_seed(3))
+    flattered = torch.stack([log_normal(z, 0.0), log_normal(z, 0.0) + 5])
+    flattered[:, :10] = torch.nan
+    assert stacking_shares(flattered, torch.ones(500), torch.tensor([True, False])) == [1, 0]
+    assert stacking_shares(flattered, torch.ones(500), torch.tensor([False, False])) == [0, 1]
+
+
+def test_small_shares_are_not_worth_a_candidate():
+    z = torch.randn(2000, generator=torch.Generator().manual_seed(4))
+    z[:60] += 8
+    held_out = torch.stack([log_normal(z, 0.0), log_normal(z, 8.0)])
+    assert 0.02 < mixture_shares(held_out, torch.ones(2000))[1] < 0.05
+    assert stacking_shares(held_out, torch.ones(2000), torch.tensor([True, True])) == [1, 0]

@@ -96,12 +96,20 @@ def test_a_sampler_that_cannot_follow_stops_training_by_name():
     assert result.outcome is Outcome.SAMPLER_TOO_WEAK
 
 
+def check(iteration, score, effective_sample_size=0.5):
+    return {
+        "iteration": iteration,
+        "validation_log_likelihood": score,
+        "effective_sample_size": effective_sample_size,
+    }
+
+
 def test_monitor_stops_after_the_agreed_number_of_stale_checks_and_keeps_the_best():
     monitor = Monitor(settings(n_iter_no_change=2, tol=0.1))
     scores = [1.0, 2.0, 2.05, 1.5]
     stops = []
     for iteration, score in enumerate(scores):
-        monitor.record({"iteration": iteration, "validation_log_likelihood": score}, lambda i=iteration: i)
+        monitor.record(check(iteration, score), lambda i=iteration: i)
         stops.append(monitor.is_converged())
     assert stops == [False, False, False, True]
     assert monitor.best == 2
@@ -110,16 +118,32 @@ def test_monitor_stops_after_the_agreed_number_of_stale_checks_and_keeps_the_bes
 def test_monitor_keeps_the_start_unless_energies_beat_it_clearly():
     monitor = Monitor(settings(tol=0.1))
     for iteration, score in enumerate([1.0, 1.09, 1.08]):
-        monitor.record({"iteration": iteration, "validation_log_likelihood": score}, lambda i=iteration: i)
+        monitor.record(check(iteration, score), lambda i=iteration: i)
     assert monitor.best == 0
 
 
 def test_monitor_without_early_stopping_keeps_the_last():
     monitor = Monitor(settings(early_stopping=False, n_iter_no_change=1))
     for iteration, score in enumerate([3.0, 2.0, 1.0]):
-        monitor.record({"iteration": iteration, "validation_log_likelihood": score}, lambda i=iteration: i)
+        monitor.record(check(iteration, score), lambda i=iteration: i)
     assert monitor.best == 2
     assert not monitor.is_converged()
+
+
+@pytest.mark.parametrize("early_stopping", [True, False])
+def test_monitor_does_not_believe_scores_whose_normalizer_is_uncertain(early_stopping):
+    monitor = Monitor(settings(early_stopping=early_stopping, min_effective_sample_size=0.02))
+    for iteration, (score, effective_sample_size) in enumerate([(1.0, 0.5), (2.0, 0.5), (9.0, 0.001)]):
+        monitor.record(check(iteration, score, effective_sample_size), lambda i=iteration: i)
+    assert monitor.best == 1
+    assert monitor.best_score == 2.0
+
+
+def test_training_gives_up_a_base_that_trails_another_too_far():
+    model, flow, data, generator = problem()
+    result = train(model, flow, data, settings(max_iter=8), generator, rival_score=1e3)
+    assert result.outcome is Outcome.LEFT_BEHIND
+    assert result.n_iter == 2
 
 
 def test_weighted_rows_pull_the_flow():
