@@ -120,7 +120,8 @@ class DensityClassifier(ClassifierMixin, BaseEstimator):
     class_prior : array-like of shape (n_classes,), default=None
         Prior probabilities of the classes for `predict` and `predict_proba`; None takes the training shares.
     calibrate : bool, default=True
-        Whether to learn a common temperature and an offset per class from densities of rows they have not seen.
+        Whether to learn a common temperature, an offset per class and the share of exceptional rows from densities of
+        rows they have not seen.
         EBMFlowDensity holds out rows of its own; another density is fitted five times more for this. Where a class
         has too few rows to hold some out, a ProportionsWarning says that nothing was calibrated.
     n_jobs : int, default=None
@@ -137,7 +138,7 @@ class DensityClassifier(ClassifierMixin, BaseEstimator):
     densities_ : list of estimators
         Fitted density of each class.
     calibration_ : Calibration
-        `scale` and `offset` that turn log densities into calibrated ones.
+        `scale`, `offset` and `contamination` that turn log densities into calibrated ones.
     n_features_in_ : int
         Number of features seen by `fit`.
     feature_names_in_ : ndarray of shape (n_features_in_,)
@@ -315,7 +316,7 @@ class DensityClassifier(ClassifierMixin, BaseEstimator):
             log_density = self.score_samples_by_class(X)
             for k, values in enumerate(own):
                 log_density[label == k, k] = values
-            is_known = ~np.isnan(log_density).any(1) & np.isfinite(log_density[np.arange(len(label)), label])
+            is_known = ~np.isnan(log_density).any(1) & np.isfinite(log_density).any(1)
             n_known = np.bincount(label[is_known], minlength=len(classes))
             if n_known.all():
                 self.calibration_ = fit_calibration(log_density[is_known], label[is_known], weight[is_known])
