@@ -1,0 +1,190 @@
+"""Turn the rows of `run.py` into RESULTS.md: medians over seeds, wins and losses, costs, and what misses its bar."""
+
+import math
+import platform
+from collections import defaultdict
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+OURS, FLOWS = "EBMFlowDensity", ("normflows RQS", "zuko NSF")
+PACKAGES = ("scikit-learn", "torch", "normflows", "zuko", "pyvinecopulib", "torchebm")
+# A table of n rows in all is counted with the size it comes nearest to.
+SIZES = (200, 1000, 5000, 20_000)
+_GRID_ERROR = 0.001
+
+
+class Cell:
+    """All seeds of one task at one size."""
+
+    def __init__(self, rows: list[dict], scores: Path) -> None:
+        self.rows: dict[str, dict[int, dict]] = defaultdict(dict)
+        for row in rows:
+            if "error" not in row:
+                self.rows[row["model"]][row["seed"]] = row
+        self.name, self.n_train, self.scores = rows[0]["name"], rows[0]["n_train"], scores
+        self.is_known = any("kl" in row for row in rows)
+
+    def loss(self, model: str) -> float:
+        """Return the median over seeds of KL, or of the negative log-likelihood (nats)."""
+        of_model = self.rows.get(model, {}).values()
+        losses = [row["kl"] if self.is_known else -row["log_likelihood"] for row in of_model]
+        return float(np.median(losses)) if losses and np.isfinite(losses).all() else math.inf
+
+    def best_peer(self) -> str:
+        """Return the peer of least loss."""
+        return min((model for model in self.rows if model != OURS), key=self.loss)
+
+    def lead(self, peer: str) -> tuple[float, float]:
+        """Return how much more likely test rows are under our density than under a peer (nats), and its error.
+
+        The error is the larger of that over test rows, paired, and that over seeds.
+        """
+        seeds = sorted(set(self.rows[OURS]) & set(self.rows[peer]))
+        differences = [self._log_density(OURS, seed) - self._log_density(peer, seed) for seed in seeds]
+        means = [float(difference.mean()) for difference in differences]
+        within = math.sqrt(sum(d.var() / len(d) for d in differences)) / len(seeds)
+        between = float(np.std(means, ddof=1)) / math.sqrt(len(seeds)) if len(seeds) > 1 else 0.0
+        return float(np.mean(means)), max(within, between)
+
+    def median(self, model: str, key: str) -> float:
+        """Return the median over seeds of a measurement."""
+        found = [row[key] for row in self.rows.get(model, {}).values() if key in row]
+        return float(np.median(found)) if found else math.nan
+
+    def _log_density(self, model: str, seed: int) -> np.ndarray:
+        slug = f"{self.name}-{self.n_train}-{seed}-{model}".replace(" ", "_")
+        return np.load(self.scores / f"{slug}.npy").astype(float)
+
+
+def write_report(rows: list[dict], scores: Path, path: Path) -> None:
+    """Write RESULTS.md."""
+    groups = defaultdict(list)
+    for row in rows:
+        groups[row["name"], row["n_train"]].append(row)
+    cells = [Cell(group, scores) for group in groups.values()]
+    cells = [cell for cell in cells if OURS in cell.rows and len(cell.rows) > 1]
+    models = [OURS, *dict.fromkeys(row["model"] for row in rows if row["model"] != OURS)]
+    n_seeds = len({row["seed"] for row in rows})
+    parts = [
+        "# Results\n\nWritten by `python benchmarks/run.py` (its docstring has the whole command); do not edit.\n\n"
+        + f"{n_seeds} seed{'s' * (n_seeds > 1)}, medians; one thread of {platform.machine()}, Python "
+        + f"{platform.python_version()}, "
+        + ", ".join(f"{package} {version(package)}" for package in PACKAGES)
+        + ".\n\n**Bold**: best. Ours has a mark behind it: ✓ better than the best peer, ≈ within two paired standard "
+        "errors of it, ✗ worse."
+    ]
+    for size in SIZES:
+        of_size = [cell for cell in cells if min(SIZES, key=lambda s: abs(math.log(s / cell.n_train))) == size]
+        if of_size:
+            parts.append(f"## n = {size}\n\n{_summary(of_size)}")
+            for title, is_known in (("KL(truth || model) in nats", True), ("Held-out log-likelihood in nats", False)):
+                chosen = [cell for cell in of_size if cell.is_known == is_known]
+                if chosen:
+                    parts.append(f"### {title}\n\n{_losses(chosen, models)}")
+    parts += [f"## Cost\n\n{_costs(cells, models)}", f"## Is log Z right?\n\n{_log_normalizers(cells)}"]
+    modes = _mode_weights(cells)
+    if modes:
+        parts.append(f"## Weights of modes in draws\n\n{modes}")
+    failures = [row for row in rows if "error" in row]
+    if failures:
+        parts.append(
+            "## Failures\n\n"
+            + "\n".join(f"- {r['model']} on {r['name']}, n = {r['n_train']}: `{r['error'][:150]}`" for r in failures)
+        )
+    path.write_text("\n\n".join(parts) + "\n")
+
+
+def _mark(cell: Cell) -> str:
+    lead, error = cell.lead(cell.best_peer())
+    if abs(lead) <= 2 * error:
+        return "≈"
+    return "✓" if lead > 0 else "✗"
+
+
+def _summary(cells: list[Cell]) -> str:
+    marks = [_mark(cell) for cell in cells]
+    leads = [cell.lead(cell.best_peer())[0] for cell in cells]
+    ratios = [cell.loss(OURS) / cell.loss(cell.best_peer()) for cell in cells if cell.is_known]
+    far = [
+        cell.name
+        for cell, lead in zip(cells, leads, strict=True)
+        if (cell.loss(OURS) > 1.1 * cell.loss(cell.best_peer()) if cell.is_known else lead < -0.1)
+    ]
+    times = [
+        cell.median(OURS, "fit_seconds") / min(cell.median(flow, "fit_seconds") for flow in FLOWS if flow in cell.rows)
+        for cell in cells
+        if any(flow in cell.rows for flow in FLOWS)
+    ]
+    as_good, better = np.mean([mark != "✗" for mark in marks]), np.mean([lead > 0 for lead in leads])
+    lines = [
+        f"- at least as good as the best peer: {as_good:.0%} of {len(cells)} (bar: 90 %)",
+        f"- better: {better:.0%} (bar: 60 %)",
+        f"- far behind, KL over 1.1 x the best peer's or over 0.1 nat below it: {', '.join(far) or 'none'} (bar: none)",
+    ]
+    if ratios:
+        lines.append(f"- median of KL / best peer's KL: {np.median(ratios):.2f} (bar: 0.7)")
+    if times:
+        lines.append(f"- fit time / that of the faster spline flow, median: {np.median(times):.2f} (bar: 2)")
+    return "\n".join(lines)
+
+
+def _losses(cells: list[Cell], models: list[str]) -> str:
+    lines = ["| | n | " + " | ".join(models) + " |", "| --- " * (len(models) + 2) + "|"]
+    for cell in sorted(cells, key=lambda cell: cell.name):
+        losses = {model: cell.loss(model) for model in models}
+        texts = []
+        for model, loss in losses.items():
+            text = "–" if math.isinf(loss) else f"{loss if cell.is_known else -loss:.3f}"
+            text = f"**{text}**" if loss == min(losses.values()) else text
+            texts.append(f"{text} {_mark(cell)}" if model == OURS else text)
+        lines.append(f"| {cell.name} | {cell.n_train} | " + " | ".join(texts) + " |")
+    return "\n".join(lines)
+
+
+def _costs(cells: list[Cell], models: list[str]) -> str:
+    columns = {
+        "fit seconds": "fit_seconds",
+        "rows scored per second": "score_rows_per_second",
+        "rows drawn per second": "sample_rows_per_second",
+        "peak memory over that before, MB": "peak_extra_mb",
+    }
+    lines = ["| median over tasks | n | " + " | ".join(columns) + " |", "| --- " * (len(columns) + 2) + "|"]
+    for model in models:
+        for n_train in sorted({cell.n_train for cell in cells if cell.is_known}):
+            of_size = [cell for cell in cells if cell.n_train == n_train and model in cell.rows]
+            if of_size:
+                values = [np.nanmedian([cell.median(model, key) for cell in of_size]) for key in columns.values()]
+                lines.append(f"| {model} | {n_train} | " + " | ".join(f"{v:,.3g}" for v in values) + " |")
+    return "\n".join(lines)
+
+
+def _log_normalizers(cells: list[Cell]) -> str:
+    rows = [row for cell in cells for row in cell.rows[OURS].values() if "log_normalizer_error" in row]
+    if not rows:
+        return "No task of one or two dimensions was run."
+    errors = np.array([row["log_normalizer_error"] for row in rows])
+    std_errors = np.array([row["std_error"] for row in rows])
+    ess = [cell.median(OURS, "ess") for cell in cells]
+    return (
+        f"Log of the integral of the fitted density by quadrature, {len(rows)} fits in one and two dimensions: root "
+        f"mean square {np.sqrt(np.mean(errors**2)):.4f} nats, largest {np.abs(errors).max():.4f}; standard errors "
+        f"claimed: median {np.median(std_errors):.4f}; within three of them and {_GRID_ERROR} for the grid: "
+        f"{np.mean(np.abs(errors) <= 3 * std_errors + _GRID_ERROR):.0%}. Effective sample size over all tasks: median "
+        f"{np.median(ess):.2f}, least {min(ess):.3f}."
+    )
+
+
+def _mode_weights(cells: list[Cell]) -> str:
+    lines = ["| total variation | n | EBMFlowDensity | best peer | training rows |", "| --- " * 5 + "|"]
+    for cell in sorted(cells, key=lambda cell: (cell.name, cell.n_train)):
+        ours = cell.median(OURS, "tv")
+        if math.isfinite(ours):
+            peers = {model: cell.median(model, "tv") for model in cell.rows if model != OURS}
+            best = min(peers, key=lambda model: peers[model])
+            lines.append(
+                f"| {cell.name} | {cell.n_train} | {ours:.4f} | {peers[best]:.4f} ({best}) "
+                f"| {cell.median(OURS, 'tv_train'):.4f} |"
+            )
+    return "\n".join(lines) if len(lines) > 2 else ""
