@@ -119,8 +119,9 @@ class EBMFlowDensity(DensityMixin, BaseEstimator):
         Mean acceptance rates late in training: "local" of the Langevin moves, "flow" of the global moves.
     history_ : list of dict
         One entry per validation check: "base", "iteration", "seconds", "train_log_likelihood" and
-        "validation_log_likelihood" (nats per row, mean of the single energies), "log_normalizer",
-        "effective_sample_size".
+        "validation_log_likelihood" (nats per row, mean of the single energies), their "log_normalizer",
+        "effective_sample_size" of the weakest of them, and the "flow_acceptance" and "local_acceptance" of late moves.
+        TrainingDisplay draws it.
     n_iter_ : int
         Most iterations run on any base kept.
     converged_ : bool

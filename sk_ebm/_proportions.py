@@ -1,7 +1,5 @@
 """Class proportions: of a fitted density, and of unlabelled rows under prior shift, with standard errors."""
 
-import copy
-import inspect
 import warnings
 from typing import Any, NamedTuple
 
@@ -16,6 +14,7 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted, has_
 
 from sk_ebm._calibration import fit_calibration, no_calibration
 from sk_ebm._density import EBMFlowDensity, check_n_samples, restored_on_failure
+from sk_ebm._draws import draw_samples
 from sk_ebm._log_normalizer import effective_sample_size
 from sk_ebm._stacking import mixture_shares
 
@@ -390,19 +389,8 @@ def _held_out_log_density(
 
 def _weighted_rows(density: Any, n_samples: int, random_state: Any) -> tuple[np.ndarray, np.ndarray]:
     """Draw rows and weights that stand for the density."""
-    if not hasattr(density, "sample"):
-        raise TypeError(
-            f"{type(density).__name__} has no `sample`. Pass the fitted density itself, such as the last step of a "
-            "pipeline, and a classifier of rows in its units."
-        )
     if not hasattr(density, "importance_sample"):
-        options = {}
-        if "random_state" in inspect.signature(density.sample).parameters:
-            options["random_state"] = random_state
-        elif random_state is not None and "random_state" in density.get_params():
-            density = copy.copy(density).set_params(random_state=random_state)
-        drawn = density.sample(n_samples, **options)
-        return drawn[0] if isinstance(drawn, tuple) else drawn, np.ones(n_samples)
+        return draw_samples(density, n_samples, random_state), np.ones(n_samples)
     X, weight = density.importance_sample(n_samples, random_state)
     with np.errstate(divide="ignore"):
         n_effective = float(effective_sample_size(torch.from_numpy(np.log(weight)))) * n_samples

@@ -292,6 +292,7 @@ class _TrainState:
     def validate(self, iteration: int) -> dict[str, float]:
         """Return held-out and training log-likelihood per row (nats) of the averaged energies."""
         pool = draw_pool(self.proposal, 4 * self.settings.pool_size, self.generator)
+        acceptance = self.acceptance_rate()
         estimates = [estimate_log_normalizer(w, pool.controls) for w in pool_log_weight(self.average, pool)]
         log_normalizer = torch.tensor([e.value for e in estimates]).to(self.data.rows)
         log_prob = self.base_log_prob - self.average.energy(self.judged.rows) - log_normalizer.unsqueeze(-1)
@@ -303,6 +304,8 @@ class _TrainState:
             "validation_log_likelihood": self.judged.held_out_mean(log_prob),
             "log_normalizer": float(log_normalizer.mean()),
             "effective_sample_size": min(e.effective_sample_size for e in estimates),
+            "flow_acceptance": acceptance["flow"],
+            "local_acceptance": acceptance["local"],
         }
 
     def snapshot(self) -> tuple[TiltedEnsemble, Density]:
