@@ -18,9 +18,22 @@ from torch import nn
 from sk_ebm._energy import MLPEnergies, SeparateEnergies, resolve_hidden_layer_sizes
 from sk_ebm._fitting import FitSettings, FittedModel, fit_model
 from sk_ebm._flow import make_flow
+from sk_ebm._progress import ProgressLine
 from sk_ebm._rows import deal_to_folds
 from sk_ebm._sampler import draw_from_density, draw_pool, log_weight
 from sk_ebm._training import Outcome, TrainSettings
+
+try:
+    from sklearn.callback import CallbackSupportMixin, with_callbacks
+except ImportError:  # scikit-learn before 1.9 has no callbacks.
+
+    class CallbackSupportMixin:  # type: ignore[no-redef]
+        """Stand-in without callbacks."""
+
+    def with_callbacks(method: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the method as it is."""
+        return method
+
 
 _SCORE_CHUNK = 8192
 _MODEL_PARAMETERS = (
@@ -43,7 +56,7 @@ class TrainingWarning(UserWarning):
     """Training ended because something failed, with the best parameters so far."""
 
 
-class EBMFlowDensity(DensityMixin, BaseEstimator):
+class EBMFlowDensity(CallbackSupportMixin, DensityMixin, BaseEstimator):
     r"""Energy-based density estimator, trained with the help of a normalizing flow.
 
     The log density is :math:`\log p(x) = -E(z) + \log q_0(z) - \log Z + \log |\det dz/dx|`, where z is
@@ -105,7 +118,8 @@ class EBMFlowDensity(DensityMixin, BaseEstimator):
     random_state : int, RandomState instance or None, default=None
         Source of all randomness; the global states of numpy and torch are never touched.
     verbose : int, default=0
-        Whether to write a line per validation check to the standard output.
+        Whether to show progress on the standard output: one line that is written over, or, where that is no terminal,
+        a line per validation check.
 
     Attributes
     ----------
@@ -248,6 +262,12 @@ class EBMFlowDensity(DensityMixin, BaseEstimator):
     def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> "EBMFlowDensity":
         """Fit the density to the rows of X.
 
+        Ctrl-C while energies train ends the training: the best parameters so far are kept, and a TrainingWarning says
+        so. Before that, it leaves a previous fit as it was.
+
+        From scikit-learn 1.9 on, callbacks (`set_callbacks`) are called at every validation check and may end the
+        training; they can ask for the estimator as fitted so far.
+
         Parameters
         ----------
         X : array-like of shape (n_samples, n_features)
@@ -269,7 +289,7 @@ class EBMFlowDensity(DensityMixin, BaseEstimator):
             weights are negative or all zero.
         """
         with restored_on_failure(self):
-            self._fit(X, sample_weight)
+            self._fit(X, y, sample_weight)
         return self
 
     def score_samples(self, X: Any) -> np.ndarray:
@@ -366,7 +386,8 @@ class EBMFlowDensity(DensityMixin, BaseEstimator):
             weight[rows] = (log_weight(self.density_.log_density, pool) - self.log_normalizer_).exp().numpy()
         return X, weight
 
-    def _fit(self, X: Any, sample_weight: Any) -> None:
+    @with_callbacks
+    def _fit(self, X: Any, y: Any, sample_weight: Any) -> None:
         self._validate_params()
         previous = self._previous_fit()
         X = validate_data(self, X, dtype=[np.float64, np.float32], ensure_min_samples=2, reset=previous is None)
@@ -384,15 +405,21 @@ class EBMFlowDensity(DensityMixin, BaseEstimator):
                 "warm_start=False."
             )
         history: list[dict[str, Any]] = []
+        progress = ProgressLine(sys.stdout, self.max_iter)
+        callbacks = _Callbacks(self, X, y)
 
-        def report(base: str, check: dict[str, float]) -> None:
+        def report(base: str, check: dict[str, float], model_now: Callable[[], FittedModel]) -> bool:
             history.append({"base": base, **check})
             if self.verbose:
-                sys.stdout.write(_progress_line(history[-1]))
+                progress.write(history[-1])
+            return callbacks.check(lambda: _fitted_attributes(model_now(), list(history)))
 
         fitted, out_of_bag = fit_model(data, self._settings(*data.rows.shape), generator, report, previous)
-        self._store(fitted, history)
+        progress.close()
+        self._fitted = fitted
+        self.__dict__.update(_fitted_attributes(fitted, history))
         self.oob_log_density_ = np.where(position >= 0, out_of_bag.numpy()[position], np.nan)
+        callbacks.end()
         self._warn(fitted)
 
     def _previous_fit(self) -> FittedModel | None:
@@ -446,29 +473,6 @@ class EBMFlowDensity(DensityMixin, BaseEstimator):
             raise TypeError(f"energy must build a torch.nn.Module, got {networks[0]!r}.")
         return SeparateEnergies(networks)
 
-    def _store(self, fitted: FittedModel, history: list[dict[str, Any]]) -> None:
-        self._fitted = fitted
-        results = [candidate.result for candidate in fitted.candidates]
-        name = max(fitted.shares, key=lambda candidate: fitted.shares[candidate])
-        self.feature_map_ = fitted.feature_map
-        self.density_ = fitted.model
-        self.proposal_ = fitted.proposal
-        self.log_normalizer_ = fitted.log_normalizer.value
-        self.log_normalizer_std_error_ = fitted.log_normalizer.std_error
-        self.effective_sample_size_ = fitted.log_normalizer.effective_sample_size
-        self.history_ = history
-        self.n_iter_ = max(result.n_iter for result in results)
-        self.converged_ = all(result.outcome is Outcome.CONVERGED for result in results)
-        self.outcome_ = "; ".join(dict.fromkeys(result.outcome.value for result in results))
-        self.base_ = {
-            "name": name,
-            "validation_log_likelihood": fitted.scores[name],
-            "shares": fitted.shares,
-            "validation_log_likelihoods": fitted.scores,
-        }
-        rates = [candidate.result.acceptance_rate for candidate in fitted.candidates if candidate.name == name]
-        self.acceptance_rate_ = rates[0]
-
     def _warn(self, fitted: FittedModel) -> None:
         fraction = self.effective_sample_size_
         if not fraction >= _TRUSTED_EFFECTIVE_SAMPLE_SIZE:
@@ -481,6 +485,13 @@ class EBMFlowDensity(DensityMixin, BaseEstimator):
                 stacklevel=4,
             )
         for candidate in fitted.candidates:
+            if candidate.result.outcome is Outcome.INTERRUPTED:
+                warnings.warn(
+                    f"Training on the {candidate.name} base was interrupted after {candidate.result.n_iter} "
+                    "iterations: the best parameters so far are kept, and no further base is tried.",
+                    TrainingWarning,
+                    stacklevel=4,
+                )
             if candidate.result.outcome in (Outcome.SAMPLER_TOO_WEAK, Outcome.NON_FINITE):
                 warnings.warn(
                     f"Training on the {candidate.name} base ended early after {candidate.result.n_iter} iterations: "
@@ -489,6 +500,59 @@ class EBMFlowDensity(DensityMixin, BaseEstimator):
                     TrainingWarning,
                     stacklevel=4,
                 )
+
+
+def _fitted_attributes(fitted: FittedModel, history: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the attributes of an estimator that holds this model."""
+    results = [candidate.result for candidate in fitted.candidates]
+    name = max(fitted.shares, key=lambda candidate: fitted.shares[candidate])
+    return {
+        "feature_map_": fitted.feature_map,
+        "density_": fitted.model,
+        "proposal_": fitted.proposal,
+        "log_normalizer_": fitted.log_normalizer.value,
+        "log_normalizer_std_error_": fitted.log_normalizer.std_error,
+        "effective_sample_size_": fitted.log_normalizer.effective_sample_size,
+        "history_": history,
+        "n_iter_": max(result.n_iter for result in results),
+        "converged_": all(result.outcome is Outcome.CONVERGED for result in results),
+        "outcome_": "; ".join(dict.fromkeys(result.outcome.value for result in results)),
+        "base_": {
+            "name": name,
+            "validation_log_likelihood": fitted.scores[name],
+            "shares": fitted.shares,
+            "validation_log_likelihoods": fitted.scores,
+        },
+        "acceptance_rate_": next(c.result.acceptance_rate for c in fitted.candidates if c.name == name),
+    }
+
+
+class _Callbacks:
+    """The callbacks of scikit-learn that were set on an estimator, if any, during one fit."""
+
+    def __init__(self, estimator: EBMFlowDensity, X: np.ndarray, y: Any) -> None:
+        self.estimator = estimator
+        # ScoringMonitor scores nothing without a y, and a density ignores it.
+        self.data = {"X": X, "y": np.zeros(len(X)) if y is None else y}
+        self.context = None
+        if getattr(estimator, "_skl_callbacks", None):
+            self.context = estimator._init_callback_context(max_subtasks=None)
+            self.context.call_on_fit_task_begin(estimator=estimator, **self.data)
+
+    def check(self, attributes: Callable[[], dict[str, Any]]) -> bool:
+        """Call them after a validation check; return whether one of them wants to stop."""
+        if self.context is None:
+            return False
+        check = self.context.subcontext(task_name="validation check")
+        check.call_on_fit_task_begin(estimator=self.estimator, **self.data)
+        return bool(
+            check.call_on_fit_task_end(estimator=self.estimator, reconstruction_attributes=attributes, **self.data)
+        )
+
+    def end(self) -> None:
+        """Call them after the fit."""
+        if self.context is not None:
+            self.context.call_on_fit_task_end(estimator=self.estimator, reconstruction_attributes=dict, **self.data)
 
 
 @contextmanager
@@ -544,11 +608,3 @@ def _resolve_device(device: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device={device!r} cannot be used here ({error}). Use 'auto' or 'cpu'.") from error
     return resolved
-
-
-def _progress_line(check: dict[str, Any]) -> str:
-    return (
-        f"[EBMFlowDensity] base {check['base']}, iteration {check['iteration']}, "
-        f"validation log-likelihood {check['validation_log_likelihood']:.3f} nats, "
-        f"ESS {check['effective_sample_size']:.2f}, {check['seconds']:.1f} s\n"
-    )

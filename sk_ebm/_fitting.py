@@ -74,11 +74,16 @@ class FittedModel(NamedTuple):
     log_normalizer: LogNormalizer
 
 
+# Called with the name of the base, a validation check, and what builds the model as it would be if training stopped
+# now; returns whether to stop.
+Report = Callable[[str, dict[str, float], Callable[[], FittedModel]], bool]
+
+
 def fit_model(
     data: Folds,
     settings: FitSettings,
     generator: torch.Generator,
-    report: Callable[[str, dict[str, float]], None],
+    report: Report,
     previous: FittedModel | None = None,
 ) -> tuple[FittedModel, torch.Tensor]:
     """Fit everything to rows in the user's units and return it ready for scoring and sampling.
@@ -93,7 +98,18 @@ def fit_model(
         feature_map, bases = previous.feature_map, {}
     z, log_det_rows = _to_z(data, feature_map)
     log_det = float(data.weight @ log_det_rows / data.weight.sum())
-    trainer = _Trainer(z, settings, generator, report, log_det)
+    std_error = _worthwhile_std_error(data)
+
+    def report_check(name: str, check: dict[str, float], now: Callable[[], Candidate]) -> bool:
+        def model_now() -> FittedModel:
+            # A generator of its own: to look at the model must not change how training goes on.
+            own_generator = torch.Generator().manual_seed(0)
+            score = check["validation_log_likelihood"]
+            return _assemble(feature_map, [now()], {name: 1.0}, {name: score}, own_generator, std_error)
+
+        return report(name, check, model_now)
+
+    trainer = _Trainer(z, settings, generator, report_check, log_det)
     if previous is None:
         trained = trainer.train_candidates(bases)
     else:
@@ -104,20 +120,26 @@ def fit_model(
     # Only one proposal in C was drawn for a candidate.
     is_covered = effective_sample_size >= settings.train.min_effective_sample_size / len(candidates)
     shares = stacking_shares(held_out[:, :MAX_JUDGED_ROWS], data.weight[:MAX_JUDGED_ROWS], is_covered)
-    kept = _to_float64([candidate for candidate, share in zip(candidates, shares, strict=True) if share > 0])
-    proposal = _joint_proposal(kept, settings.train.defensive_fraction)
-    model = _stack(kept, [share for share in shares if share > 0], proposal, generator)
-    fitted = FittedModel(
-        feature_map,
-        kept,
-        dict.fromkeys(scores, 0.0) | {c.name: share for c, share in zip(candidates, shares, strict=True)},
-        scores,
-        model,
-        proposal,
-        estimate_log_normalizer_of(model.log_density, proposal, generator, std_error=_worthwhile_std_error(data)),
-    )
+    share_of = dict.fromkeys(scores, 0.0) | {c.name: share for c, share in zip(candidates, shares, strict=True)}
+    fitted = _assemble(feature_map, candidates, share_of, scores, generator, std_error)
     log_shares = torch.tensor(shares, dtype=torch.float64).log().unsqueeze(-1)
     return fitted, (log_shares + held_out).logsumexp(0) + log_det_rows
+
+
+def _assemble(
+    feature_map: FeatureMap,
+    candidates: list[Candidate],
+    share_of: dict[str, float],
+    scores: dict[str, float],
+    generator: torch.Generator,
+    std_error: float,
+) -> FittedModel:
+    """Stack the candidates that have a share, and normalise the whole."""
+    kept = _to_float64([candidate for candidate in candidates if share_of[candidate.name] > 0])
+    proposal = _joint_proposal(kept)
+    model = _stack(kept, [share_of[candidate.name] for candidate in kept], proposal, generator)
+    normalizer = estimate_log_normalizer_of(model.log_density, proposal, generator, std_error=std_error)
+    return FittedModel(feature_map, kept, share_of, scores, model, proposal, normalizer)
 
 
 @torch.no_grad()
@@ -163,7 +185,7 @@ class _Trainer:
         data: Folds,
         settings: FitSettings,
         generator: torch.Generator,
-        report: Callable[[str, dict[str, float]], None],
+        report: Callable[[str, dict[str, float], Callable[[], Candidate]], bool],
         log_det: float,
     ) -> None:
         self.settings, self.generator, self.report, self.log_det = settings, generator, report, log_det
@@ -185,6 +207,8 @@ class _Trainer:
         for name in sorted(bases, key=lambda name: -bases[name].score):
             rival_score = max((c.result.held_out_log_likelihood for c in candidates), default=-math.inf)
             candidates.append(self._start(name, bases[name].members, flow, rival_score))
+            if candidates[-1].result.outcome in (Outcome.STOPPED, Outcome.INTERRUPTED):
+                return candidates
         is_auto = self.settings.base == "auto"
         if self.settings.base == "flow" or (is_auto and self._is_promising(flow_score, bases, candidates)):
             candidates.append(self._start("flow", self._flow_bases(flow), flow))
@@ -204,13 +228,23 @@ class _Trainer:
         model = copy.deepcopy(model).to(self.settings.device, torch.float32)
         flow = copy.deepcopy(flow).to(self.settings.device, torch.float32).requires_grad_(True)
         model.thaw()
+
+        def report(check: dict[str, float], snapshot: Callable[[], tuple[TiltedEnsemble, Density]]) -> bool:
+            def now() -> Candidate:
+                energies, proposing = snapshot()
+                score = check["validation_log_likelihood"]
+                result = TrainResult(energies, proposing, [], int(check["iteration"]), Outcome.STOPPED, score, {})
+                return Candidate(name, energies, proposing, result)
+
+            return self.report(name, self._in_user_units(check), now)
+
         result = train(
             model,
             flow,
             self.data,
             self.settings.train,
             self.device_generator,
-            lambda check: self.report(name, self._in_user_units(check)),
+            report,
             rival_score,
         )
         return Candidate(name, result.model, result.flow, result)
@@ -222,9 +256,7 @@ class _Trainer:
         The result has shape (C, n), in float64 on the CPU; it is nan for rows that every member has seen. With it
         comes the smallest effective sample size (a fraction) behind the normalizers of each candidate, shape (C,).
         """
-        pool = draw_pool(
-            _joint_proposal(candidates, self.settings.train.defensive_fraction), _STACKING_DRAWS, self.device_generator
-        )
+        pool = draw_pool(_joint_proposal(candidates), _STACKING_DRAWS, self.device_generator)
         held_out = torch.full((len(candidates), len(self.data.rows)), math.nan, dtype=torch.float64)
         effective_sample_size = torch.empty(len(candidates))
         rows_of_member = [(self.data.fold == k).nonzero().squeeze(-1) for k in range(self.data.n_members)]
@@ -321,9 +353,9 @@ def _check_energies(energies: nn.Module, z: torch.Tensor) -> None:
         raise ValueError(f"The energy must be finite before training, but it returned {value.tolist()}.")
 
 
-def _joint_proposal(candidates: list[Candidate], defensive_fraction: float) -> MixtureProposal:
+def _joint_proposal(candidates: list[Candidate]) -> MixtureProposal:
     """Propose from every candidate's flow and bases."""
-    parts = [defensive_proposal(c.flow, list(c.model.bases), defensive_fraction) for c in candidates]
+    parts = [defensive_proposal(c.flow, list(c.model.bases)) for c in candidates]
     return MixtureProposal(
         [component for part in parts for component in part.components],
         [share / len(parts) for part in parts for share in part.proportions],

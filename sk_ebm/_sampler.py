@@ -15,6 +15,7 @@ from sk_ebm._types import Density, ModuleList
 LogDensity = Callable[[torch.Tensor], torch.Tensor]
 
 TARGET_ACCEPTANCE = 0.6
+_DEFENSIVE_FRACTION = 0.3
 _SAMPLE_CHUNK = 8192
 _POOL_PER_DRAW = 4
 _MIN_POOL = 2048
@@ -64,7 +65,9 @@ class MixtureProposal(Density):
         return (component_log_prob + component_log_prob.new_tensor(self.proportions).log().unsqueeze(-1)).logsumexp(0)
 
 
-def defensive_proposal(flow: Density, bases: Sequence[Density], defensive_fraction: float) -> MixtureProposal:
+def defensive_proposal(
+    flow: Density, bases: Sequence[Density], defensive_fraction: float = _DEFENSIVE_FRACTION
+) -> MixtureProposal:
     """Mix (1 - a) of a flow that proposes well with a of the bases, which keep the weights bounded."""
     shares = [defensive_fraction / len(bases)] * len(bases)
     return MixtureProposal([flow, *bases], [1 - defensive_fraction, *shares])

@@ -25,6 +25,8 @@ from sk_ebm._sampler import (
 )
 from sk_ebm._types import Density
 
+Report = Callable[[dict[str, float], Callable[[], tuple[TiltedEnsemble, Density]]], bool]
+
 _FLOW_FIT_LEARNING_RATE = 5e-3
 _FLOW_CHECK_EVERY = 25
 _FLOW_PATIENCE = 4
@@ -45,6 +47,8 @@ class Outcome(enum.Enum):
 
     CONVERGED = "the validation log-likelihood stopped improving"
     MAX_ITER = "max_iter was reached"
+    STOPPED = "a callback stopped it"
+    INTERRUPTED = "it was interrupted from the keyboard"
     LEFT_BEHIND = "another base was too far ahead to catch up with"
     SAMPLER_TOO_WEAK = "the flow could no longer propose for the energy: the effective sample size stayed too low"
     NON_FINITE = "the loss became non-finite; the last good parameters were kept"
@@ -69,7 +73,6 @@ class TrainSettings:
     n_flow_steps: int = 2
     n_negative: int = 256
     validate_every: int = 5
-    defensive_fraction: float = 0.3
     min_effective_sample_size: float = 0.02
 
 
@@ -123,7 +126,7 @@ def train(
     data: Folds,
     settings: TrainSettings,
     generator: torch.Generator,
-    report: Callable[[dict[str, float]], None] = lambda check: None,
+    report: Report = lambda check, snapshot: False,
     rival_score: float = -math.inf,
 ) -> TrainResult:
     """Train the energies of `model` and the `flow` in place until a stopping rule fires.
@@ -141,7 +144,8 @@ def train(
     generator : torch.Generator
         Source of all randomness.
     report : callable
-        Called with every validation check.
+        Called with every validation check, and with what copies the energies and the flow as they are; returns
+        whether to stop.
     rival_score : float
         Validation log-likelihood per row (nats) that another base has reached already.
     """
@@ -155,34 +159,40 @@ def train(
             "The energy is not finite on all rows before training. Check the energy for overflow, or use the default."
         )
     monitor.record(check, state.snapshot)
-    report(check)
-    for iteration in range(1, settings.max_iter + 1):
-        pool = state.propose()
-        state.move_chains(pool)
-        if float(pool_effective_sample_size(model, pool)) >= settings.min_effective_sample_size:
-            rounds_at_gate = 0
-            state.energy_steps()
-        else:
-            rounds_at_gate += 1
-            if rounds_at_gate % _ROUNDS_BEFORE_BACKING_OFF == 0:
-                state.back_off(monitor.best[0])
-        state.flow_steps()
-        if iteration % settings.validate_every == 0 or iteration == settings.max_iter:
-            check = state.validate(iteration)
-            if not math.isfinite(check["validation_log_likelihood"]):
-                outcome = Outcome.NON_FINITE
+    is_stopped = report(check, state.snapshot)
+    try:
+        for iteration in range(1, settings.max_iter + 1):
+            if is_stopped:
+                outcome = Outcome.STOPPED
                 break
-            monitor.record(check, state.snapshot)
-            report(check)
-        if monitor.is_converged():
-            outcome = Outcome.CONVERGED
-            break
-        if iteration == settings.max_iter // 4 and monitor.best_score < rival_score - _HOPELESS:
-            outcome = Outcome.LEFT_BEHIND
-            break
-        if rounds_at_gate >= _MAX_ROUNDS_AT_GATE:
-            outcome = Outcome.SAMPLER_TOO_WEAK
-            break
+            pool = state.propose()
+            state.move_chains(pool)
+            if float(pool_effective_sample_size(model, pool)) >= settings.min_effective_sample_size:
+                rounds_at_gate = 0
+                state.energy_steps()
+            else:
+                rounds_at_gate += 1
+                if rounds_at_gate % _ROUNDS_BEFORE_BACKING_OFF == 0:
+                    state.back_off(monitor.best[0])
+            state.flow_steps()
+            if iteration % settings.validate_every == 0 or iteration == settings.max_iter:
+                check = state.validate(iteration)
+                if not math.isfinite(check["validation_log_likelihood"]):
+                    outcome = Outcome.NON_FINITE
+                    break
+                monitor.record(check, state.snapshot)
+                is_stopped = report(check, state.snapshot)
+            if monitor.is_converged():
+                outcome = Outcome.CONVERGED
+                break
+            if iteration == settings.max_iter // 4 and monitor.best_score < rival_score - _HOPELESS:
+                outcome = Outcome.LEFT_BEHIND
+                break
+            if rounds_at_gate >= _MAX_ROUNDS_AT_GATE:
+                outcome = Outcome.SAMPLER_TOO_WEAK
+                break
+    except KeyboardInterrupt:
+        outcome = Outcome.INTERRUPTED
     best_model, best_flow = monitor.best
     return TrainResult(
         best_model, best_flow, monitor.history, iteration, outcome, monitor.best_score, state.acceptance_rate()
@@ -216,7 +226,7 @@ class _TrainState:
             fused=True,
         )
         self.flow_optimizer = torch.optim.AdamW(flow.parameters(), lr=_FLOW_LEARNING_RATE, fused=True)
-        self.proposal = defensive_proposal(flow, list(model.bases), settings.defensive_fraction)
+        self.proposal = defensive_proposal(flow, list(model.bases))
         pool = self.propose()
         self.chains = Chains(
             start_chains(model, pool, settings.n_chains, generator),

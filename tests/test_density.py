@@ -2,6 +2,7 @@
 
 import random
 import warnings
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from sklearn.datasets import load_iris
 from torch import nn
 
 from sk_ebm import EBMFlowDensity, LowEffectiveSampleSizeWarning, TrainingWarning
+from sk_ebm._training import Outcome
 
 QUICK = {
     "base": "gaussian",
@@ -387,6 +389,102 @@ def test_verbose_writes_one_line_per_check(capsys):
     assert all("validation log-likelihood" in line and "ESS" in line for line in lines)
     quick().fit(two_clusters(60, 2))
     assert capsys.readouterr().out == ""
+
+
+def test_an_interrupt_keeps_the_best_so_far_and_says_so(monkeypatch):
+    moves = []
+
+    def interrupted(self, pool):
+        moves.append(pool)
+        if len(moves) == 7:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("sk_ebm._training._TrainState.move_chains", interrupted)
+    model = EBMFlowDensity(n_estimators=2, max_iter=10, random_state=0)
+    with pytest.warns(TrainingWarning, match="interrupted after 7 iterations"):
+        model.fit(two_clusters(200, 2))
+    assert model.outcome_ == Outcome.INTERRUPTED.value
+    assert not model.converged_
+    # No further base was trained, and what there is can be used.
+    assert list(model.base_["shares"].values()) == [1.0]
+    assert len(moves) == 7
+    assert np.isfinite(model.score_samples(two_clusters(20, 2))).all()
+    assert np.isfinite(model.sample(20)).all()
+
+
+def test_an_interrupt_before_training_leaves_the_previous_fit(monkeypatch):
+    X = two_clusters(60, 2)
+    model = quick().fit(X)
+    before = model.score_samples(X)
+    monkeypatch.setattr("sk_ebm._fitting.fit_flow", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        model.fit(X[:40])
+    np.testing.assert_array_equal(model.score_samples(X), before)
+
+
+class TestCallbacks:
+    """Callbacks of scikit-learn 1.9 see every validation check and may stop."""
+
+    @pytest.fixture(autouse=True)
+    def callbacks(self):
+        pytest.importorskip("sklearn.callback")
+
+    class Recorder:
+        def __init__(self, stop_after=None):
+            self.stop_after, self.events, self.models = stop_after, [], []
+
+        def setup(self, estimator, context):
+            self.events.append("setup")
+
+        def teardown(self, estimator, context):
+            self.events.append("teardown")
+
+        def on_fit_task_begin(self, estimator, context):
+            self.events.append(f"begin {context.task_name}")
+
+        def on_fit_task_end(self, estimator, context, *, fitted_estimator=None):
+            self.events.append(f"end {context.task_name}")
+            if context.task_name == "validation check":
+                self.models.append(fitted_estimator)
+                return len(self.models) == self.stop_after
+            return False
+
+    def test_they_see_checks_and_models_without_changing_the_fit(self):
+        X, recorder = two_clusters(60, 2), self.Recorder()
+        model = quick().set_callbacks(recorder).fit(X)
+        assert recorder.events[:3] == ["setup", "begin fit", "begin validation check"]
+        assert recorder.events[-2:] == ["end fit", "teardown"]
+        assert [len(seen.history_) for seen in recorder.models] == [1, 2, 3]
+        assert all(np.isfinite(seen.score(X)) for seen in recorder.models)
+        np.testing.assert_array_equal(quick().fit(X).score_samples(X), model.score_samples(X))
+
+    def test_one_of_them_may_stop(self):
+        model = quick(max_iter=50).set_callbacks(self.Recorder(stop_after=2)).fit(two_clusters(60, 2))
+        assert model.outcome_ == Outcome.STOPPED.value
+        assert model.n_iter_ == 6
+
+    def test_they_are_torn_down_when_the_fit_fails(self, monkeypatch):
+        recorder = self.Recorder()
+        monkeypatch.setattr("sk_ebm._fitting.fit_flow", Mock(side_effect=RuntimeError))
+        with pytest.raises(RuntimeError):
+            quick().set_callbacks(recorder).fit(two_clusters(60, 2))
+        assert recorder.events[-1] == "teardown"
+
+    def test_those_of_scikit_learn_work(self, capsys):
+        from sklearn.callback import ProgressBar, ScoringMonitor
+
+        monitor = ScoringMonitor(scoring={"log-likelihood": lambda density, X, y: density.score(X) / len(X)})
+        X = two_clusters(60, 2)
+        model = quick().set_callbacks(monitor).fit(X)
+        rows = monitor.get_logs().data_as_pandas
+        assert (rows["task_name"] == "validation check").sum() == 3
+        after_fit = rows.loc[rows["task_name"] == "fit", "log-likelihood"].item()
+        assert after_fit == pytest.approx(model.score(X) / len(X))
+        try:
+            bar = ProgressBar()
+        except ImportError:
+            pytest.skip("rich is not installed")
+        quick().set_callbacks(bar).fit(two_clusters(60, 2))
 
 
 def test_missing_gpu_is_a_clear_error():

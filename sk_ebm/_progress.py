@@ -1,0 +1,44 @@
+"""The line that `verbose` writes."""
+
+from typing import Any, TextIO
+
+
+class ProgressLine:
+    """One line that is written over at every check on a terminal, and a line per check anywhere else.
+
+    Parameters
+    ----------
+    stream : text stream
+        Where to write.
+    max_iter : int
+        Most iterations on one base.
+    """
+
+    def __init__(self, stream: TextIO, max_iter: int) -> None:
+        self.stream, self.max_iter = stream, max_iter
+        self.is_terminal = stream.isatty()
+        self._width = 0
+
+    def write(self, check: dict[str, Any]) -> None:
+        """Show a validation check."""
+        iteration, seconds = check["iteration"], check["seconds"]
+        text = (
+            f"[EBMFlowDensity] base {check['base']}, iteration {iteration}/{self.max_iter}, "
+            f"validation log-likelihood {check['validation_log_likelihood']:.3f} nats, "
+            f"ESS {check['effective_sample_size']:.2f}, {seconds:.0f} s"
+        )
+        if iteration:
+            text += f", at most {seconds / iteration * (self.max_iter - iteration):.0f} s left on this base"
+        if self.is_terminal:
+            # Blanks wipe out what is left of a longer line before.
+            self.stream.write("\r" + text.ljust(self._width))
+            self.stream.flush()
+            self._width = len(text)
+        else:
+            self.stream.write(text + "\n")
+
+    def close(self) -> None:
+        """End the line."""
+        if self.is_terminal and self._width:
+            self.stream.write("\n")
+            self.stream.flush()

@@ -1,0 +1,48 @@
+"""The progress line: written over on a terminal, a line per check elsewhere."""
+
+import io
+
+from sk_ebm._progress import ProgressLine
+
+CHECK = {
+    "base": "gaussian",
+    "iteration": 30,
+    "seconds": 10.0,
+    "validation_log_likelihood": -1.23456,
+    "effective_sample_size": 0.5,
+}
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_elsewhere_every_check_is_a_line_of_its_own():
+    stream = io.StringIO()
+    line = ProgressLine(stream, max_iter=120)
+    line.write({**CHECK, "iteration": 0, "seconds": 0.0})
+    line.write(CHECK)
+    line.close()
+    first, second = stream.getvalue().splitlines()
+    assert "left" not in first
+    assert "base gaussian, iteration 30/120" in second
+    assert "-1.235 nats, ESS 0.50, 10 s, at most 30 s left" in second
+
+
+def test_on_a_terminal_the_line_is_written_over_and_ended_once():
+    stream = Terminal()
+    line = ProgressLine(stream, max_iter=120)
+    line.write({**CHECK, "base": "student_t"})
+    line.write(CHECK)
+    line.close()
+    blank, first, second = stream.getvalue().split("\r")
+    assert blank == ""
+    assert len(second.rstrip("\n")) == len(first)
+    assert stream.getvalue().count("\n") == 1
+
+
+def test_a_line_never_begun_is_not_ended():
+    stream = Terminal()
+    ProgressLine(stream, max_iter=120).close()
+    assert stream.getvalue() == ""
