@@ -15,6 +15,7 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 from torch import nn
 
+from sk_ebm._bounds import make_bounds
 from sk_ebm._energy import MLPEnergies, SeparateEnergies, resolve_hidden_layer_sizes
 from sk_ebm._fitting import FitSettings, FittedModel, fit_model
 from sk_ebm._flow import make_flow
@@ -39,6 +40,7 @@ _SCORE_CHUNK = 8192
 _MODEL_PARAMETERS = (
     "base",
     "feature_map",
+    "bounds",
     "energy",
     "hidden_layer_sizes",
     "n_estimators",
@@ -75,6 +77,10 @@ class EBMFlowDensity(CallbackSupportMixin, DensityMixin, BaseEstimator):
     feature_map : {"auto", "standard", "marginal"}, default="auto"
         Map of the features before everything else: whitening, or normal scores of each feature and whitening.
         "auto" takes the normal scores where held-out rows become clearly more likely.
+    bounds : array-like, default=None
+        Bounds of the features: one (low, high) for all, or a list with one such pair per feature; None instead of a
+        number, or of a pair, is no bound. The density is zero outside, `score_samples` -inf, and no draw lies there.
+        A row nearer to a bound than half the nearest training row counts as that far away from it.
     energy : callable, default=None
         Function ``n_features -> torch.nn.Module`` that builds a network from (n, n_features) to (n,).
         None builds a multilayer perceptron. To pickle the estimator, use a named function or class.
@@ -188,6 +194,7 @@ class EBMFlowDensity(CallbackSupportMixin, DensityMixin, BaseEstimator):
     _parameter_constraints: dict[str, list[Any]] = {
         "base": [StrOptions({"auto", "gaussian", "student_t", "mixture", "flow"})],
         "feature_map": [StrOptions({"auto", "standard", "marginal"})],
+        "bounds": ["array-like", None],
         "energy": [callable, None],
         "hidden_layer_sizes": [StrOptions({"auto"}), "array-like"],
         "n_estimators": [Interval(Integral, 1, None, closed="left")],
@@ -217,6 +224,7 @@ class EBMFlowDensity(CallbackSupportMixin, DensityMixin, BaseEstimator):
         *,
         base: str = "auto",
         feature_map: str = "auto",
+        bounds: Any = None,
         energy: Callable[[int], nn.Module] | None = None,
         hidden_layer_sizes: str | tuple[int, ...] = "auto",
         n_estimators: int = 6,
@@ -239,6 +247,7 @@ class EBMFlowDensity(CallbackSupportMixin, DensityMixin, BaseEstimator):
     ) -> None:
         self.base = base
         self.feature_map = feature_map
+        self.bounds = bounds
         self.energy = energy
         self.hidden_layer_sizes = hidden_layer_sizes
         self.n_estimators = n_estimators
@@ -414,7 +423,7 @@ class EBMFlowDensity(CallbackSupportMixin, DensityMixin, BaseEstimator):
                 progress.write(history[-1])
             return callbacks.check(lambda: _fitted_attributes(model_now(), list(history)))
 
-        fitted, out_of_bag = fit_model(data, self._settings(*data.rows.shape), generator, report, previous)
+        fitted, out_of_bag = fit_model(data, self._settings(data.rows), generator, report, previous)
         progress.close()
         self._fitted = fitted
         self.__dict__.update(_fitted_attributes(fitted, history))
@@ -436,12 +445,14 @@ class EBMFlowDensity(CallbackSupportMixin, DensityMixin, BaseEstimator):
         self._model_parameters = model_parameters
         return previous
 
-    def _settings(self, n_samples: int, n_features: int) -> FitSettings:
+    def _settings(self, rows: torch.Tensor) -> FitSettings:
+        n_samples, n_features = rows.shape
         hidden, rate = self.hidden_layer_sizes, self.learning_rate
         sizes = resolve_hidden_layer_sizes(n_samples) if isinstance(hidden, str) else _check_sizes(hidden)
         return FitSettings(
             base=self.base,
             feature_map=self.feature_map,
+            bounds=None if self.bounds is None else make_bounds(self.bounds, rows),
             make_energies=lambda k, d: self._own_energies(k, d) if self.energy else MLPEnergies(k, d, sizes),
             make_flow=lambda d: make_flow(self.flow, d),
             device=_resolve_device(self.device),

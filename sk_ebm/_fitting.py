@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from sk_ebm._bounds import BoundsMap
 from sk_ebm._folds import Folds
 from sk_ebm._log_normalizer import LogNormalizer, estimate_log_normalizer
 from sk_ebm._model import StackedDensity, TiltedEnsemble
@@ -47,6 +48,7 @@ class FitSettings:
 
     base: str
     feature_map: str
+    bounds: BoundsMap | None
     make_energies: Callable[[int, int], nn.Module]
     make_flow: Callable[[int], Density]
     device: torch.device
@@ -315,7 +317,8 @@ def _feature_map_and_bases(
 ) -> tuple[FeatureMap, dict[str, Bases]]:
     """Resolve the feature map and the bases that cost no gradient training."""
     data = data.subset(MAX_FIT_ROWS)
-    data = data.with_rows(data.rows.double())
+    rows = data.rows.double()
+    data = data.with_rows(rows if settings.bounds is None else settings.bounds(rows)[0])
     others = {"auto": ("student_t", "mixture"), "flow": ()}.get(settings.base, (settings.base,))
     names = tuple(dict.fromkeys(("gaussian", *others)))
     if settings.feature_map == "auto":
@@ -323,6 +326,7 @@ def _feature_map_and_bases(
     else:
         feature_map = fit_feature_map(data.rows, data.weight, use_margins=settings.feature_map == "marginal")
         bases = cross_fit_bases(data, names, feature_map, generator)
+    feature_map.bounds = settings.bounds
     best = max(bases, key=lambda name: bases[name].score)
     wanted = {"auto": ("gaussian", best), "flow": ()}.get(settings.base, (settings.base,))
     return feature_map, {name: bases[name] for name in dict.fromkeys(wanted)}

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from sk_ebm._bounds import BoundsMap
+
 _MAX_COMPONENTS = 6
 _MAX_ITER = 200
 # Narrowest component of a marginal mixture, in standard deviations of the feature: keeps ties from becoming spikes.
@@ -18,7 +20,7 @@ _N_BISECTIONS = 50
 
 
 class FeatureMap(nn.Module):
-    """Bijection S: standardise, optionally send each margin to normal scores, then whiten symmetrically.
+    """Bijection S: optionally undo bounds, standardise, optionally send each margin to normal scores, then whiten.
 
     Parameters
     ----------
@@ -31,6 +33,8 @@ class FeatureMap(nn.Module):
     whitener : tensor of shape (d, d)
         Symmetric inverse square root of the correlation matrix: of all whitenings the one nearest to
         the identity, so axis-aligned structure stays axis-aligned.
+    bounds : module, default=None
+        Map of bounded features to the real line, before all else.
     """
 
     shift: torch.Tensor
@@ -47,9 +51,11 @@ class FeatureMap(nn.Module):
         margins: "MarginalMap | None",
         mean: torch.Tensor,
         whitener: torch.Tensor,
+        bounds: BoundsMap | None = None,
     ) -> None:
         super().__init__()
         self.margins = margins
+        self.bounds = bounds
         self.register_buffer("shift", shift)
         self.register_buffer("scale", scale)
         self.register_buffer("mean", mean)
@@ -58,9 +64,12 @@ class FeatureMap(nn.Module):
         self.register_buffer("log_det", torch.linalg.slogdet(whitener).logabsdet - scale.log().sum())
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Map x of shape (n, d) to z; also return log |det dz/dx| per row, shape (n,)."""
-        s = (x - self.shift) / self.scale
+        """Map x of shape (n, d) to z; also return log |det dz/dx| per row, -inf outside bounds, shape (n,)."""
         log_det = self.log_det.expand(len(x))
+        if self.bounds is not None:
+            x, log_det_bounds = self.bounds(x)
+            log_det = log_det + log_det_bounds
+        s = (x - self.shift) / self.scale
         if self.margins is not None:
             s, log_det_margins = self.margins(s)
             log_det = log_det + log_det_margins
@@ -71,7 +80,8 @@ class FeatureMap(nn.Module):
         s = z @ self.unwhitener + self.mean
         if self.margins is not None:
             s = self.margins.inverse(s)
-        return s * self.scale + self.shift
+        x = s * self.scale + self.shift
+        return x if self.bounds is None else self.bounds.inverse(x)
 
 
 class MarginalMap(nn.Module):

@@ -13,8 +13,19 @@ every_module = pytest.mark.parametrize("module", TREES)
 # From the bottom up: a module imports only from layers below its own. One that is not listed is a leaf.
 LAYERS = [
     {"_types", "_draws", "_progress"},
-    {"_kernels", "_log_normalizer", "_energy", "_flow", "_support", "_mixture", "_stacking", "_folds", "_calibration"},
-    {"_student_t", "_model", "_rows"},
+    {
+        "_bounds",
+        "_kernels",
+        "_log_normalizer",
+        "_energy",
+        "_flow",
+        "_support",
+        "_mixture",
+        "_stacking",
+        "_folds",
+        "_calibration",
+    },
+    {"_student_t", "_model", "_rows", "_support"},
     {"_selection"},
     {"_sampler"},
     {"_training"},

@@ -1,0 +1,116 @@
+"""Bounds of features: a bijection from bounded features to the real line, with its log-Jacobian."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class BoundsMap(nn.Module):
+    """Send features with two bounds to the line by the logit, with one bound by the logarithm; leave the others.
+
+    Both stretch what lies next to a bound without limit, so nearer than a clearance the density is taken as constant.
+
+    Parameters
+    ----------
+    low, high : tensor of shape (d,)
+        Bounds of each feature, infinite where there is none.
+    span : tensor of shape (d,)
+        Distance of the bounds; the scale of a feature that has only one.
+    clearance : tensor of shape (2, d)
+        Smallest distance from the low and from the high bound that counts as such.
+    """
+
+    low: torch.Tensor
+    high: torch.Tensor
+    span: torch.Tensor
+    clearance: torch.Tensor
+
+    def __init__(self, low: torch.Tensor, high: torch.Tensor, span: torch.Tensor, clearance: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("low", low)
+        self.register_buffer("high", high)
+        self.register_buffer("span", span)
+        self.register_buffer("clearance", clearance)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Map x of shape (n, d) to the real line; also return the log-Jacobian, -inf outside the bounds, shape (n,)."""
+        is_outside = (x < self.low) | (x > self.high)
+        has_low, has_high = self.low.isfinite(), self.high.isfinite()
+        x = x.clamp(self.low + self.clearance[0], self.high - self.clearance[1])
+        above, below = (x - self.low) / self.span, (self.high - x) / self.span
+        log_above, log_below = torch.where(has_low, above, 1.0).log(), torch.where(has_high, below, 1.0).log()
+        is_bounded = has_low | has_high
+        s = torch.where(is_bounded, log_above - log_below, x)
+        log_det = torch.where(is_bounded, -log_above - log_below - self.span.log(), 0.0)
+        return s, log_det.masked_fill(is_outside, -math.inf).sum(-1)
+
+    def inverse(self, s: torch.Tensor) -> torch.Tensor:
+        """Map s of shape (n, d) back between the bounds."""
+        has_low, has_high = self.low.isfinite(), self.high.isfinite()
+        from_low = self.low + self.span * torch.where(has_high, s.sigmoid(), s.exp())
+        from_high = self.high - self.span * torch.where(has_low, (-s).sigmoid(), (-s).exp())
+        # Between two bounds from the nearer one, so that rounding loses nothing.
+        is_nearer_to_low = has_low & (~has_high | (s < 0))
+        x = torch.where(is_nearer_to_low, from_low, torch.where(has_high, from_high, s))
+        return x.clamp(self.low, self.high)
+
+
+def make_bounds(bounds: Any, rows: torch.Tensor) -> BoundsMap:
+    """Build the map from what the user wrote: one (low, high) for all features, or a list with one per feature.
+
+    Parameters
+    ----------
+    bounds : array-like
+        Pairs of numbers or None.
+    rows : tensor of shape (n, d)
+        Training rows.
+
+    Raises
+    ------
+    ValueError
+        If there are not as many pairs as features, a pair is no pair of increasing numbers or None, or a row lies
+        outside.
+    """
+    low, high = torch.tensor(_pairs(bounds, rows.shape[1]), dtype=torch.float64).T
+    for j, column in enumerate(rows.T):
+        is_outside = (column < low[j]) | (column > high[j])
+        if is_outside.any():
+            raise ValueError(
+                f"{int(is_outside.sum())} values of feature {j} lie outside its bounds ({low[j]:g}, {high[j]:g}), such "
+                f"as {column[is_outside][0]:g}. Widen the bounds, or drop those rows."
+            )
+    span = torch.where((high - low).isfinite(), high - low, rows.std(0).double())
+    return BoundsMap(low, high, span, torch.stack([_clearance(rows - low), _clearance(high - rows)]))
+
+
+def _clearance(distance: torch.Tensor) -> torch.Tensor:
+    """Half the smallest positive distance of each feature, zero where it is not bounded."""
+    return 0.5 * torch.where(distance > 0, distance, math.inf).amin(0).double().nan_to_num(posinf=0.0)
+
+
+def _pairs(bounds: Any, n_features: int) -> list[tuple[float, float]]:
+    pairs = list(bounds)
+    if len(pairs) == 2 and not any(isinstance(bound, Sequence) for bound in pairs):
+        pairs = [tuple(pairs)] * n_features
+    if len(pairs) != n_features:
+        raise ValueError(
+            f"bounds must be one (low, high) for all features or a list of {n_features}, one per feature, got "
+            f"{len(pairs)}: {bounds!r}."
+        )
+    checked = []
+    for j, pair in enumerate(pairs):
+        try:
+            low, high = (None, None) if pair is None else pair
+            low, high = -math.inf if low is None else float(low), math.inf if high is None else float(high)
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"The bounds of feature {j} must be (low, high), each a number or None, or None for no bounds, got "
+                f"{pair!r}."
+            ) from None
+        if not low < high:
+            raise ValueError(f"The bounds of feature {j} must increase, got {pair!r}.")
+        checked.append((low, high))
+    return checked
