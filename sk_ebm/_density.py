@@ -163,7 +163,7 @@ class EBMFlowDensity(CallbackSupportMixin, DensityMixin, BaseEstimator):
         Fitted feature map.
     n_features_in_ : int
         Number of features seen by `fit`.
-    feature_names_in_ : ndarray of shape (n_features_in_,)
+    feature_names_in_ : ndarray of shape (`n_features_in_`,)
         Names of the features, when X has string column names.
 
     See Also

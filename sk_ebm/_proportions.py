@@ -140,7 +140,7 @@ class DensityClassifier(ClassifierMixin, BaseEstimator):
         `scale`, `offset` and `contamination` that turn log densities into calibrated ones.
     n_features_in_ : int
         Number of features seen by `fit`.
-    feature_names_in_ : ndarray of shape (n_features_in_,)
+    feature_names_in_ : ndarray of shape (`n_features_in_`,)
         Names of the features, when X has string column names.
 
     See Also
