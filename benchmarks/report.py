@@ -18,12 +18,12 @@ _GRID_ERROR = 0.001
 class Cell:
     """All seeds of one task at one size."""
 
-    def __init__(self, rows: list[dict], scores: Path) -> None:
+    def __init__(self, rows: list[dict]) -> None:
         self.rows: dict[str, dict[int, dict]] = defaultdict(dict)
         for row in rows:
             if "error" not in row:
                 self.rows[row["model"]][row["seed"]] = row
-        self.name, self.n_train, self.scores = rows[0]["name"], rows[0]["n_train"], scores
+        self.name, self.n_train = rows[0]["name"], rows[0]["n_train"]
         self.is_known = any("kl" in row for row in rows)
 
     def loss(self, model: str) -> float:
@@ -42,9 +42,11 @@ class Cell:
         The error is the larger of that over test rows, paired, and that over seeds.
         """
         seeds = sorted(set(self.rows[OURS]) & set(self.rows[peer]))
-        differences = [self._log_density(OURS, seed) - self._log_density(peer, seed) for seed in seeds]
+        differences = [
+            np.subtract(self.rows[OURS][seed]["parts"], self.rows[peer][seed]["parts"], dtype=float) for seed in seeds
+        ]
         means = [float(difference.mean()) for difference in differences]
-        within = math.sqrt(sum(d.var() / len(d) for d in differences)) / len(seeds)
+        within = math.sqrt(sum(d.var(ddof=1) / len(d) for d in differences)) / len(seeds)
         between = float(np.std(means, ddof=1)) / math.sqrt(len(seeds)) if len(seeds) > 1 else 0.0
         return float(np.mean(means)), max(within, between)
 
@@ -53,17 +55,13 @@ class Cell:
         found = [row[key] for row in self.rows.get(model, {}).values() if key in row]
         return float(np.median(found)) if found else math.nan
 
-    def _log_density(self, model: str, seed: int) -> np.ndarray:
-        slug = f"{self.name}-{self.n_train}-{seed}-{model}".replace(" ", "_")
-        return np.load(self.scores / f"{slug}.npy").astype(float)
 
-
-def write_report(rows: list[dict], scores: Path, path: Path) -> None:
+def write_report(rows: list[dict], path: Path) -> None:
     """Write RESULTS.md."""
     groups = defaultdict(list)
     for row in rows:
         groups[row["name"], row["n_train"]].append(row)
-    cells = [Cell(group, scores) for group in groups.values()]
+    cells = [Cell(group) for group in groups.values()]
     cells = [cell for cell in cells if OURS in cell.rows and len(cell.rows) > 1]
     models = [OURS, *dict.fromkeys(row["model"] for row in rows if row["model"] != OURS)]
     n_seeds = len({row["seed"] for row in rows})
