@@ -1,17 +1,22 @@
 """Bounds of features: a bijection from bounded features to the real line, with its log-Jacobian."""
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
+
+# A value that float32 cannot tell from a bound lies on it.
+_RESOLUTION = 2.0**-23
+# exp of it, times any reasonable scale, is still a number.
+_MAX_EXPONENT = 600.0
 
 
 class BoundsMap(nn.Module):
     """Send features with two bounds to the line by the logit, with one bound by the logarithm; leave the others.
 
-    Both stretch what lies next to a bound without limit, so nearer than a clearance the density is taken as constant.
+    A row on a bound would go to infinity; it counts as a clearance away from it.
 
     Parameters
     ----------
@@ -20,7 +25,7 @@ class BoundsMap(nn.Module):
     span : tensor of shape (d,)
         Distance of the bounds; the scale of a feature that has only one.
     clearance : tensor of shape (2, d)
-        Smallest distance from the low and from the high bound that counts as such.
+        What rows on the low and on the high bound count as being away from it.
     """
 
     low: torch.Tensor
@@ -37,18 +42,29 @@ class BoundsMap(nn.Module):
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Map x of shape (n, d) to the real line; also return the log-Jacobian, -inf outside the bounds, shape (n,)."""
-        is_outside = (x < self.low) | (x > self.high)
+        is_outside = self.is_outside(x)
         has_low, has_high = self.low.isfinite(), self.high.isfinite()
-        x = x.clamp(self.low + self.clearance[0], self.high - self.clearance[1])
-        above, below = (x - self.low) / self.span, (self.high - x) / self.span
-        log_above, log_below = torch.where(has_low, above, 1.0).log(), torch.where(has_high, below, 1.0).log()
+        above, below = x - self.low, self.high - x
+        above, below = (
+            torch.where(above > 0, above, self.clearance[0]),
+            torch.where(below > 0, below, self.clearance[1]),
+        )
+        log_above = (torch.where(has_low, above, self.span) / self.span).log()
+        log_below = (torch.where(has_high, below, self.span) / self.span).log()
         is_bounded = has_low | has_high
         s = torch.where(is_bounded, log_above - log_below, x)
         log_det = torch.where(is_bounded, -log_above - log_below - self.span.log(), 0.0)
         return s, log_det.masked_fill(is_outside, -math.inf).sum(-1)
 
+    def is_outside(self, x: torch.Tensor) -> torch.Tensor:
+        """Return which values of x, of shape (n, d) or (d,), lie outside the bounds."""
+        low, high = self.low, self.high
+        return (x < low - _RESOLUTION * low.abs()) | (x > high + _RESOLUTION * high.abs())
+
     def inverse(self, s: torch.Tensor) -> torch.Tensor:
         """Map s of shape (n, d) back between the bounds."""
+        is_bounded = self.low.isfinite() | self.high.isfinite()
+        s = torch.where(is_bounded, s.clamp(-_MAX_EXPONENT, _MAX_EXPONENT), s)
         has_low, has_high = self.low.isfinite(), self.high.isfinite()
         from_low = self.low + self.span * torch.where(has_high, s.sigmoid(), s.exp())
         from_high = self.high - self.span * torch.where(has_low, (-s).sigmoid(), (-s).exp())
@@ -74,26 +90,29 @@ def make_bounds(bounds: Any, rows: torch.Tensor) -> BoundsMap:
         If there are not as many pairs as features, a pair is no pair of increasing numbers or None, or a row lies
         outside.
     """
+    rows = rows.double()
     low, high = torch.tensor(_pairs(bounds, rows.shape[1]), dtype=torch.float64).T
-    for j, column in enumerate(rows.T):
-        is_outside = (column < low[j]) | (column > high[j])
-        if is_outside.any():
-            raise ValueError(
-                f"{int(is_outside.sum())} values of feature {j} lie outside its bounds ({low[j]:g}, {high[j]:g}), such "
-                f"as {column[is_outside][0]:g}. Widen the bounds, or drop those rows."
-            )
-    span = torch.where((high - low).isfinite(), high - low, rows.std(0).double())
-    return BoundsMap(low, high, span, torch.stack([_clearance(rows - low), _clearance(high - rows)]))
+    span = torch.where((high - low).isfinite(), high - low, rows.std(0))
+    bounds_map = BoundsMap(low, high, span, torch.stack([_clearance(rows - low), _clearance(high - rows)]))
+    is_outside = bounds_map.is_outside(rows)
+    for j in is_outside.any(0).nonzero().flatten().tolist():
+        outside = rows[is_outside[:, j], j]
+        raise ValueError(
+            f"{len(outside)} values of feature {j} lie outside its bounds ({low[j]:g}, {high[j]:g}), such as "
+            f"{outside[0]:g}. Widen the bounds, or drop those rows."
+        )
+    return bounds_map
 
 
 def _clearance(distance: torch.Tensor) -> torch.Tensor:
     """Half the smallest positive distance of each feature, zero where it is not bounded."""
-    return 0.5 * torch.where(distance > 0, distance, math.inf).amin(0).double().nan_to_num(posinf=0.0)
+    return 0.5 * torch.where(distance > 0, distance, math.inf).amin(0).nan_to_num(posinf=0.0)
 
 
 def _pairs(bounds: Any, n_features: int) -> list[tuple[float, float]]:
     pairs = list(bounds)
-    if len(pairs) == 2 and not any(isinstance(bound, Sequence) for bound in pairs):
+    # (0, None) is one pair; [None, None] says the same of two features or of all.
+    if len(pairs) == 2 and all(np.ndim(bound) == 0 for bound in pairs):
         pairs = [tuple(pairs)] * n_features
     if len(pairs) != n_features:
         raise ValueError(

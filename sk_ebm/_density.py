@@ -22,7 +22,7 @@ from sk_ebm._flow import make_flow
 from sk_ebm._progress import ProgressLine
 from sk_ebm._rows import deal_to_folds
 from sk_ebm._sampler import draw_from_density, draw_pool, log_weight
-from sk_ebm._training import Outcome, TrainSettings
+from sk_ebm._training import ENDED_BY_USER, Outcome, TrainSettings
 
 try:
     from sklearn.callback import CallbackSupportMixin, with_callbacks
@@ -80,7 +80,7 @@ class EBMFlowDensity(CallbackSupportMixin, DensityMixin, BaseEstimator):
     bounds : array-like, default=None
         Bounds of the features: one (low, high) for all, or a list with one such pair per feature; None instead of a
         number, or of a pair, is no bound. The density is zero outside, `score_samples` -inf, and no draw lies there.
-        A row nearer to a bound than half the nearest training row counts as that far away from it.
+        A row on a bound counts as half as far away from it as the nearest other training row.
     energy : callable, default=None
         Function ``n_features -> torch.nn.Module`` that builds a network from (n, n_features) to (n,).
         None builds a multilayer perceptron. To pickle the estimator, use a named function or class.
@@ -101,7 +101,7 @@ class EBMFlowDensity(CallbackSupportMixin, DensityMixin, BaseEstimator):
         Rows per gradient step.
     early_stopping : bool, default=True
         Whether to stop when the held-out log-likelihood no longer improves, and to restore the best parameters.
-        If False, training runs for `max_iter` iterations and keeps the last parameters.
+        If False, training runs for `max_iter` iterations and keeps the last parameters whose log Z is certain.
     validation_fraction : float, default=0.25
         Share of the rows that each energy holds out, rounded to one fold of an equal deal. Every energy needs a fold
         of its own, so with the default six energies it is 1/6 whatever larger share is asked for.
@@ -299,6 +299,7 @@ class EBMFlowDensity(CallbackSupportMixin, DensityMixin, BaseEstimator):
         """
         with restored_on_failure(self):
             self._fit(X, y, sample_weight)
+            self._warn()
         return self
 
     def score_samples(self, X: Any) -> np.ndarray:
@@ -414,26 +415,31 @@ class EBMFlowDensity(CallbackSupportMixin, DensityMixin, BaseEstimator):
                 "warm_start=False."
             )
         history: list[dict[str, Any]] = []
-        progress = ProgressLine(sys.stdout, self.max_iter)
+        progress = ProgressLine(sys.stdout, self.max_iter) if self.verbose else None
         callbacks = _Callbacks(self, X, y)
 
         def report(base: str, check: dict[str, float], model_now: Callable[[], FittedModel]) -> bool:
             history.append({"base": base, **check})
-            if self.verbose:
+            if progress:
                 progress.write(history[-1])
             return callbacks.check(lambda: _fitted_attributes(model_now(), list(history)))
 
-        fitted, out_of_bag = fit_model(data, self._settings(data.rows), generator, report, previous)
-        progress.close()
+        try:
+            fitted, out_of_bag = fit_model(data, self._settings(data.rows), generator, report, previous)
+        finally:
+            if progress:
+                progress.close()
         self._fitted = fitted
         self.__dict__.update(_fitted_attributes(fitted, history))
         self.oob_log_density_ = np.where(position >= 0, out_of_bag.numpy()[position], np.nan)
         callbacks.end()
-        self._warn(fitted)
 
     def _previous_fit(self) -> FittedModel | None:
         """Return the fit to go on from, if `warm_start` asks for one, after checking that it is the same model."""
         model_parameters = {name: getattr(self, name) for name in _MODEL_PARAMETERS}
+        if self.bounds is not None:
+            # A copy that compares as a whole, whatever kind of array it is.
+            model_parameters["bounds"] = np.array(self.bounds, dtype=object).tolist()
         previous: FittedModel | None = getattr(self, "_fitted", None) if self.warm_start else None
         if previous is not None:
             changed = [name for name in _MODEL_PARAMETERS if model_parameters[name] != self._model_parameters[name]]
@@ -484,7 +490,7 @@ class EBMFlowDensity(CallbackSupportMixin, DensityMixin, BaseEstimator):
             raise TypeError(f"energy must build a torch.nn.Module, got {networks[0]!r}.")
         return SeparateEnergies(networks)
 
-    def _warn(self, fitted: FittedModel) -> None:
+    def _warn(self) -> None:
         fraction = self.effective_sample_size_
         if not fraction >= _TRUSTED_EFFECTIVE_SAMPLE_SIZE:
             warnings.warn(
@@ -493,29 +499,34 @@ class EBMFlowDensity(CallbackSupportMixin, DensityMixin, BaseEstimator):
                 f"standard error of {self.log_normalizer_std_error_:.2g} nats says. Try fewer features (for instance "
                 f"by PCA), base='mixture' or base='flow', a larger alpha, or more rows.",
                 LowEffectiveSampleSizeWarning,
-                stacklevel=4,
+                stacklevel=3,
             )
-        for candidate in fitted.candidates:
-            if candidate.result.outcome is Outcome.INTERRUPTED:
+        for name, (outcome, n_iter) in self._fitted.endings.items():
+            if outcome is Outcome.INTERRUPTED:
                 warnings.warn(
-                    f"Training on the {candidate.name} base was interrupted after {candidate.result.n_iter} "
-                    "iterations: the best parameters so far are kept, and no further base is tried.",
+                    f"Training on the {name} base was interrupted after {n_iter} iterations: the best parameters so "
+                    "far are kept, and no further base is tried.",
                     TrainingWarning,
-                    stacklevel=4,
+                    stacklevel=3,
                 )
-            if candidate.result.outcome in (Outcome.SAMPLER_TOO_WEAK, Outcome.NON_FINITE):
+            elif outcome in (Outcome.SAMPLER_TOO_WEAK, Outcome.NON_FINITE) and self._fitted.shares[name] > 0:
                 warnings.warn(
-                    f"Training on the {candidate.name} base ended early after {candidate.result.n_iter} iterations: "
-                    f"{candidate.result.outcome.value}. The best parameters before that are used. Try a smaller "
-                    f"learning_rate (now {self.learning_rate!r}) or another base (now {self.base!r}).",
+                    f"Training on the {name} base ended early after {n_iter} iterations: {outcome.value}. The best "
+                    f"parameters before that are used. Try a smaller learning_rate (now {self.learning_rate!r}) or "
+                    f"another base (now {self.base!r}).",
                     TrainingWarning,
-                    stacklevel=4,
+                    stacklevel=3,
                 )
 
 
 def _fitted_attributes(fitted: FittedModel, history: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the attributes of an estimator that holds this model."""
-    results = [candidate.result for candidate in fitted.candidates]
+    # What ended the whole fit counts even if the base it happened on got no share.
+    endings = [
+        (outcome, n_iter)
+        for name, (outcome, n_iter) in fitted.endings.items()
+        if fitted.shares[name] > 0 or outcome in ENDED_BY_USER
+    ]
     name = max(fitted.shares, key=lambda candidate: fitted.shares[candidate])
     return {
         "feature_map_": fitted.feature_map,
@@ -525,9 +536,9 @@ def _fitted_attributes(fitted: FittedModel, history: list[dict[str, Any]]) -> di
         "log_normalizer_std_error_": fitted.log_normalizer.std_error,
         "effective_sample_size_": fitted.log_normalizer.effective_sample_size,
         "history_": history,
-        "n_iter_": max(result.n_iter for result in results),
-        "converged_": all(result.outcome is Outcome.CONVERGED for result in results),
-        "outcome_": "; ".join(dict.fromkeys(result.outcome.value for result in results)),
+        "n_iter_": max(n_iter for _, n_iter in endings),
+        "converged_": all(outcome is Outcome.CONVERGED for outcome, _ in endings),
+        "outcome_": "; ".join(dict.fromkeys(outcome.value for outcome, _ in endings)),
         "base_": {
             "name": name,
             "validation_log_likelihood": fitted.scores[name],

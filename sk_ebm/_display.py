@@ -1,5 +1,6 @@
 """Pictures in scikit-learn's Display style; matplotlib is imported on use."""
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -185,7 +186,9 @@ class DensityDisplay:
         pyplot = _pyplot()
         d = len(self.feature_names)
         size = max(5.0, 1.7 * d)
-        self.figure_, self.axes_ = pyplot.subplots(d, d, figsize=(size, size), sharex="col", layout="constrained")
+        self.figure_, self.axes_ = pyplot.subplots(
+            d, d, figsize=(size, size), sharex="col", squeeze=False, layout="constrained"
+        )
         rows = _some(self.X)
         # About as many draws as rows, or they would hide the rows.
         draws = self.draws[: max(len(rows), 300)]
@@ -395,7 +398,7 @@ class ProportionsDisplay:
         self.figure_, self.ax_ = _figure_and_axes(ax)
         position, width = np.arange(len(classes)), 0.8 / len(self.proportions)
         for k, ((name, found), color) in enumerate(
-            zip(self.proportions.items(), (_MODEL, _DATA, *_OTHERS), strict=False)
+            zip(self.proportions.items(), itertools.cycle((_MODEL, _DATA, *_OTHERS)), strict=False)
         ):
             at = position + (k - (len(self.proportions) - 1) / 2) * width
             # A share cannot be negative.

@@ -27,7 +27,7 @@ from sk_ebm._sampler import (
 from sk_ebm._selection import MAX_FIT_ROWS, Bases, choose_feature_map, cross_fit_bases
 from sk_ebm._stacking import stacking_shares
 from sk_ebm._support import FeatureMap, fit_feature_map
-from sk_ebm._training import MAX_JUDGED_ROWS, Outcome, TrainResult, TrainSettings, fit_flow, train
+from sk_ebm._training import ENDED_BY_USER, MAX_JUDGED_ROWS, Outcome, TrainResult, TrainSettings, fit_flow, train
 from sk_ebm._types import Density
 
 # A flow that gains less than this (nats) over a Gaussian has learnt nothing a mixture would not have.
@@ -71,13 +71,14 @@ class FittedModel(NamedTuple):
     candidates: list[Candidate]
     shares: dict[str, float]
     scores: dict[str, float]
+    endings: dict[str, tuple[Outcome, int]]
     model: StackedDensity
     proposal: MixtureProposal
     log_normalizer: LogNormalizer
 
 
-# Called with the name of the base, a validation check, and what builds the model as it would be if training stopped
-# now; returns whether to stop.
+# Called with the name of the base, a validation check, and what builds a model of that base alone with its energies as
+# they are now; returns whether to stop.
 Report = Callable[[str, dict[str, float], Callable[[], FittedModel]], bool]
 
 
@@ -106,8 +107,7 @@ def fit_model(
         def model_now() -> FittedModel:
             # A generator of its own: to look at the model must not change how training goes on.
             own_generator = torch.Generator().manual_seed(0)
-            score = check["validation_log_likelihood"]
-            return _assemble(feature_map, [now()], {name: 1.0}, {name: score}, own_generator, std_error)
+            return _assemble(feature_map, [now()], {name: 1.0}, log_det, own_generator, std_error)
 
         return report(name, check, model_now)
 
@@ -115,15 +115,14 @@ def fit_model(
     if previous is None:
         trained = trainer.train_candidates(bases)
     else:
-        trained = [trainer.train(old.name, old.model, old.flow) for old in previous.candidates]
-    scores = {candidate.name: candidate.result.held_out_log_likelihood + log_det for candidate in trained}
+        trained = trainer.train_on(previous.candidates)
     candidates = [candidate for candidate in trained if candidate.result.outcome is not Outcome.LEFT_BEHIND]
     held_out, effective_sample_size = trainer.held_out_log_prob(candidates)
     # Only one proposal in C was drawn for a candidate.
     is_covered = effective_sample_size >= settings.train.min_effective_sample_size / len(candidates)
     shares = stacking_shares(held_out[:, :MAX_JUDGED_ROWS], data.weight[:MAX_JUDGED_ROWS], is_covered)
-    share_of = dict.fromkeys(scores, 0.0) | {c.name: share for c, share in zip(candidates, shares, strict=True)}
-    fitted = _assemble(feature_map, candidates, share_of, scores, generator, std_error)
+    share_of = {c.name: 0.0 for c in trained} | {c.name: share for c, share in zip(candidates, shares, strict=True)}
+    fitted = _assemble(feature_map, trained, share_of, log_det, generator, std_error)
     log_shares = torch.tensor(shares, dtype=torch.float64).log().unsqueeze(-1)
     return fitted, (log_shares + held_out).logsumexp(0) + log_det_rows
 
@@ -132,7 +131,7 @@ def _assemble(
     feature_map: FeatureMap,
     candidates: list[Candidate],
     share_of: dict[str, float],
-    scores: dict[str, float],
+    log_det: float,
     generator: torch.Generator,
     std_error: float,
 ) -> FittedModel:
@@ -141,7 +140,9 @@ def _assemble(
     proposal = _joint_proposal(kept)
     model = _stack(kept, [share_of[candidate.name] for candidate in kept], proposal, generator)
     normalizer = estimate_log_normalizer_of(model.log_density, proposal, generator, std_error=std_error)
-    return FittedModel(feature_map, kept, share_of, scores, model, proposal, normalizer)
+    scores = {candidate.name: candidate.result.held_out_log_likelihood + log_det for candidate in candidates}
+    endings = {candidate.name: (candidate.result.outcome, candidate.result.n_iter) for candidate in candidates}
+    return FittedModel(feature_map, kept, share_of, scores, endings, model, proposal, normalizer)
 
 
 @torch.no_grad()
@@ -209,11 +210,23 @@ class _Trainer:
         for name in sorted(bases, key=lambda name: -bases[name].score):
             rival_score = max((c.result.held_out_log_likelihood for c in candidates), default=-math.inf)
             candidates.append(self._start(name, bases[name].members, flow, rival_score))
-            if candidates[-1].result.outcome in (Outcome.STOPPED, Outcome.INTERRUPTED):
+            if candidates[-1].result.outcome in ENDED_BY_USER:
                 return candidates
         is_auto = self.settings.base == "auto"
         if self.settings.base == "flow" or (is_auto and self._is_promising(flow_score, bases, candidates)):
             candidates.append(self._start("flow", self._flow_bases(flow), flow))
+        return candidates
+
+    def train_on(self, previous: list[Candidate]) -> list[Candidate]:
+        """Go on with the candidates of a previous fit; once the user ends it, the others stay as they were."""
+        candidates: list[Candidate] = []
+        for old in previous:
+            if candidates and candidates[-1].result.outcome in ENDED_BY_USER:
+                model = copy.deepcopy(old.model).to(self.settings.device, torch.float32)
+                flow = copy.deepcopy(old.flow).to(self.settings.device, torch.float32)
+                candidates.append(old._replace(model=model, flow=flow))
+            else:
+                candidates.append(self.train(old.name, old.model, old.flow))
         return candidates
 
     def _is_promising(self, flow_score: float, bases: dict[str, Bases], candidates: list[Candidate]) -> bool:

@@ -16,7 +16,8 @@ class ProgressLine:
 
     def __init__(self, stream: TextIO, max_iter: int) -> None:
         self.stream, self.max_iter = stream, max_iter
-        self.is_terminal = stream.isatty()
+        # A stand-in for the standard output need not have all of a file.
+        self.is_terminal = getattr(stream, "isatty", lambda: False)()
         self._width = 0
 
     def write(self, check: dict[str, Any]) -> None:

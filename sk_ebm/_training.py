@@ -54,6 +54,9 @@ class Outcome(enum.Enum):
     NON_FINITE = "the loss became non-finite; the last good parameters were kept"
 
 
+ENDED_BY_USER = (Outcome.STOPPED, Outcome.INTERRUPTED)
+
+
 @dataclass(frozen=True)
 class TrainSettings:
     """Numbers of the loop; the first ones are parameters of EBMFlowDensity."""
@@ -99,12 +102,17 @@ class Monitor:
     _bar: float = -math.inf
     _reference: float = -math.inf
     _stale: int = 0
+    _uncovered: int = 0
 
     def record(self, check: dict[str, float], keep: Callable[[], Any]) -> None:
         """Add a validation check; `keep` returns a copy of what to restore if this check is the best."""
         self.history.append(check)
         # Draws that miss mass make log Z too low and the score too high: such a score does not count.
         is_covered = check["effective_sample_size"] >= self.settings.min_effective_sample_size
+        if is_covered and self._uncovered == len(self.history) - 1:
+            # The first score that counts, whatever stood there before for want of another.
+            self.best, self._bar, self._reference = None, -math.inf, -math.inf
+        self._uncovered = 0 if is_covered else self._uncovered + 1
         score = check["validation_log_likelihood"] if is_covered or self.best is None else -math.inf
         if score > self._bar or (is_covered and not self.settings.early_stopping):
             # Energies must beat the start clearly: a lead below the noise would move the weights of modes for nothing.
@@ -115,9 +123,12 @@ class Monitor:
         else:
             self._stale += 1
 
-    def is_converged(self) -> bool:
-        """Return whether the score has not improved for `n_iter_no_change` checks."""
-        return self.settings.early_stopping and self._stale >= self.settings.n_iter_no_change
+    def reason_to_stop(self) -> Outcome | None:
+        """Return why to stop, if the score has not improved for `n_iter_no_change` checks."""
+        patience = self.settings.n_iter_no_change
+        if not self.settings.early_stopping or self._stale < patience:
+            return None
+        return Outcome.SAMPLER_TOO_WEAK if self._uncovered >= patience else Outcome.CONVERGED
 
 
 def train(
@@ -151,20 +162,17 @@ def train(
     """
     state = _TrainState(model, flow, data, settings, generator)
     monitor = Monitor(settings)
-    outcome = Outcome.MAX_ITER
-    iteration, rounds_at_gate = 0, 0
+    n_iter, rounds_at_gate = 0, 0
     check = state.validate(0)
     if not math.isfinite(check["validation_log_likelihood"]):
         raise ValueError(
             "The energy is not finite on all rows before training. Check the energy for overflow, or use the default."
         )
     monitor.record(check, state.snapshot)
-    is_stopped = report(check, state.snapshot)
+    outcome = Outcome.STOPPED if report(check, state.snapshot) else None
+    quarter = max(settings.max_iter // 4, settings.validate_every)
     try:
-        for iteration in range(1, settings.max_iter + 1):
-            if is_stopped:
-                outcome = Outcome.STOPPED
-                break
+        while outcome is None:
             pool = state.propose()
             state.move_chains(pool)
             if float(pool_effective_sample_size(model, pool)) >= settings.min_effective_sample_size:
@@ -175,27 +183,28 @@ def train(
                 if rounds_at_gate % _ROUNDS_BEFORE_BACKING_OFF == 0:
                     state.back_off(monitor.best[0])
             state.flow_steps()
-            if iteration % settings.validate_every == 0 or iteration == settings.max_iter:
-                check = state.validate(iteration)
+            n_iter += 1
+            if n_iter % settings.validate_every == 0 or n_iter == settings.max_iter:
+                check = state.validate(n_iter)
                 if not math.isfinite(check["validation_log_likelihood"]):
                     outcome = Outcome.NON_FINITE
                     break
                 monitor.record(check, state.snapshot)
-                is_stopped = report(check, state.snapshot)
-            if monitor.is_converged():
-                outcome = Outcome.CONVERGED
-                break
-            if iteration == settings.max_iter // 4 and monitor.best_score < rival_score - _HOPELESS:
+                if report(check, state.snapshot):
+                    outcome = Outcome.STOPPED
+                    break
+            outcome = monitor.reason_to_stop()
+            if settings.early_stopping and n_iter == quarter and monitor.best_score < rival_score - _HOPELESS:
                 outcome = Outcome.LEFT_BEHIND
-                break
-            if rounds_at_gate >= _MAX_ROUNDS_AT_GATE:
+            elif rounds_at_gate >= _MAX_ROUNDS_AT_GATE:
                 outcome = Outcome.SAMPLER_TOO_WEAK
-                break
+            elif outcome is None and n_iter == settings.max_iter:
+                outcome = Outcome.MAX_ITER
     except KeyboardInterrupt:
         outcome = Outcome.INTERRUPTED
     best_model, best_flow = monitor.best
     return TrainResult(
-        best_model, best_flow, monitor.history, iteration, outcome, monitor.best_score, state.acceptance_rate()
+        best_model, best_flow, monitor.history, n_iter, outcome, monitor.best_score, state.acceptance_rate()
     )
 
 

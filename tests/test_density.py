@@ -391,25 +391,39 @@ def test_verbose_writes_one_line_per_check(capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_an_interrupt_keeps_the_best_so_far_and_says_so(monkeypatch):
+@pytest.mark.parametrize("interrupted_at", [7, 17])
+def test_an_interrupt_keeps_the_best_so_far_and_says_so(monkeypatch, interrupted_at):
+    """On the first base, and on the second, whether or not that one gets a share."""
     moves = []
 
     def interrupted(self, pool):
         moves.append(pool)
-        if len(moves) == 7:
+        if len(moves) == interrupted_at:
             raise KeyboardInterrupt
 
     monkeypatch.setattr("sk_ebm._training._TrainState.move_chains", interrupted)
     model = EBMFlowDensity(n_estimators=2, max_iter=10, random_state=0)
-    with pytest.warns(TrainingWarning, match="interrupted after 7 iterations"):
+    with pytest.warns(TrainingWarning, match="interrupted after 6 iterations"):
         model.fit(two_clusters(200, 2))
-    assert model.outcome_ == Outcome.INTERRUPTED.value
+    assert Outcome.INTERRUPTED.value in model.outcome_
     assert not model.converged_
-    # No further base was trained, and what there is can be used.
-    assert list(model.base_["shares"].values()) == [1.0]
-    assert len(moves) == 7
+    assert len(moves) == interrupted_at
+    assert len(model.base_["shares"]) == 1 + (interrupted_at > 10)
     assert np.isfinite(model.score_samples(two_clusters(20, 2))).all()
     assert np.isfinite(model.sample(20)).all()
+
+
+@pytest.mark.parametrize("stream", [None, Mock(spec=["write"])])
+def test_the_standard_output_may_be_anything(monkeypatch, stream):
+    monkeypatch.setattr("sys.stdout", stream)
+    quick(verbose=stream is not None).fit(two_clusters(60, 2))
+
+
+def test_warnings_point_at_the_line_of_the_user(monkeypatch):
+    monkeypatch.setattr("sk_ebm._density._TRUSTED_EFFECTIVE_SAMPLE_SIZE", 2.0)
+    with pytest.warns(LowEffectiveSampleSizeWarning) as caught:
+        quick().fit(two_clusters(60, 2))
+    assert caught[0].filename == __file__
 
 
 def test_an_interrupt_before_training_leaves_the_previous_fit(monkeypatch):
@@ -461,7 +475,20 @@ class TestCallbacks:
     def test_one_of_them_may_stop(self):
         model = quick(max_iter=50).set_callbacks(self.Recorder(stop_after=2)).fit(two_clusters(60, 2))
         assert model.outcome_ == Outcome.STOPPED.value
-        assert model.n_iter_ == 6
+        assert model.n_iter_ == 5
+
+    def test_a_stop_holds_for_the_bases_that_would_come_after(self):
+        X, recorder = two_clusters(200, 2), self.Recorder(stop_after=3)
+        model = quick(base="auto", max_iter=10, warm_start=True).set_callbacks(recorder).fit(X)
+        assert len(recorder.models) == 3
+        assert Outcome.STOPPED.value in model.outcome_
+        model.set_callbacks().fit(X)
+        assert Outcome.STOPPED.value not in model.outcome_
+        again = self.Recorder(stop_after=1)
+        before = model.score(X)
+        model.set_callbacks(again).fit(X)
+        assert len(again.models) == 1
+        assert model.score(X) == pytest.approx(before, abs=2.0)
 
     def test_they_are_torn_down_when_the_fit_fails(self, monkeypatch):
         recorder = self.Recorder()

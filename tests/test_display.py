@@ -5,6 +5,7 @@ import sys
 import matplotlib
 import numpy as np
 import pytest
+from scipy.integrate import trapezoid
 from sklearn.mixture import GaussianMixture
 from sklearn.naive_bayes import GaussianNB
 from sklearn.neighbors import KernelDensity
@@ -43,7 +44,7 @@ def fitted(rows):
 def test_one_feature_is_a_curve_that_integrates_to_one(rows):
     display = DensityDisplay.from_estimator(KernelDensity(bandwidth=0.3).fit(rows[:, :1]), rows[:, :1])
     curve, rug = display.ax_.lines
-    assert np.trapezoid(curve.get_ydata(), curve.get_xdata()) == pytest.approx(1, abs=0.05)
+    assert trapezoid(curve.get_ydata(), curve.get_xdata()) == pytest.approx(1, abs=0.05)
     assert len(rug.get_xdata()) == len(rows)
     assert display.ax_.get_xlabel() == "feature 0"
 
@@ -87,6 +88,11 @@ def test_features_of_a_corner_plot_can_be_chosen(rows):
     np.testing.assert_array_equal(display.X, rows[:, [3, 1]])
 
 
+def test_one_feature_of_many_may_be_chosen(rows):
+    display = DensityDisplay.from_estimator(GaussianMixture().fit(rows), rows, features=[2])
+    assert display.axes_.shape == (1, 1)
+
+
 def test_frames_keep_their_names(rows):
     pandas = pytest.importorskip("pandas")
     frame = pandas.DataFrame(rows[:, :1], columns=["height"])
@@ -125,6 +131,11 @@ def test_proportions_are_bars_with_intervals_and_marks_for_the_truth():
     legend = [text.get_text() for text in display.ax_.get_legend().get_texts()]
     assert set(legend) == {"ours", "theirs", "truth"}
     assert display.ax_.get_ylim()[0] == 0
+
+
+def test_any_number_of_estimates_is_shown():
+    display = ProportionsDisplay.from_proportions({f"estimate {k}": estimate(0.5, 0.5) for k in range(9)})
+    assert len(display.ax_.get_legend().get_texts()) == 9
 
 
 def test_proportions_come_from_an_estimator(rows):

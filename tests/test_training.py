@@ -110,8 +110,8 @@ def test_monitor_stops_after_the_agreed_number_of_stale_checks_and_keeps_the_bes
     stops = []
     for iteration, score in enumerate(scores):
         monitor.record(check(iteration, score), lambda i=iteration: i)
-        stops.append(monitor.is_converged())
-    assert stops == [False, False, False, True]
+        stops.append(monitor.reason_to_stop())
+    assert stops == [None, None, None, Outcome.CONVERGED]
     assert monitor.best == 2
 
 
@@ -127,7 +127,7 @@ def test_monitor_without_early_stopping_keeps_the_last():
     for iteration, score in enumerate([3.0, 2.0, 1.0]):
         monitor.record(check(iteration, score), lambda i=iteration: i)
     assert monitor.best == 2
-    assert not monitor.is_converged()
+    assert monitor.reason_to_stop() is None
 
 
 @pytest.mark.parametrize("early_stopping", [True, False])
@@ -139,11 +139,38 @@ def test_monitor_does_not_believe_scores_whose_normalizer_is_uncertain(early_sto
     assert monitor.best_score == 2.0
 
 
+def test_a_first_score_that_is_uncertain_gives_way_to_one_that_is_not():
+    monitor = Monitor(settings(n_iter_no_change=3))
+    for iteration, (score, effective_sample_size) in enumerate([(9.0, 0.001), (1.0, 0.5), (2.0, 0.5)]):
+        monitor.record(check(iteration, score, effective_sample_size), lambda i=iteration: i)
+    assert monitor.best == 2
+    assert monitor.best_score == 2.0
+
+
+def test_nothing_but_uncertain_scores_is_no_convergence():
+    monitor = Monitor(settings(n_iter_no_change=2))
+    monitor.record(check(0, 1.0), lambda: 0)
+    for iteration in (1, 2):
+        assert monitor.reason_to_stop() is None
+        monitor.record(check(iteration, 1.0, 0.001), lambda: 1)
+    assert monitor.reason_to_stop() is Outcome.SAMPLER_TOO_WEAK
+
+
 def test_training_gives_up_a_base_that_trails_another_too_far():
     model, flow, data, generator = problem()
-    result = train(model, flow, data, settings(max_iter=8), generator, rival_score=1e3)
+    result = train(model, flow, data, settings(max_iter=24), generator, rival_score=1e3)
     assert result.outcome is Outcome.LEFT_BEHIND
-    assert result.n_iter == 2
+    assert result.n_iter == 6
+
+
+@pytest.mark.parametrize(("stop_at", "n_iter"), [(0, 0), (5, 5), (7, 7)])
+def test_training_stops_at_the_check_where_it_is_asked_to(stop_at, n_iter):
+    model, flow, data, generator = problem()
+    result = train(
+        model, flow, data, settings(max_iter=7), generator, lambda check, snapshot: check["iteration"] == stop_at
+    )
+    assert result.outcome is Outcome.STOPPED
+    assert result.n_iter == n_iter
 
 
 def test_weighted_rows_pull_the_flow():
