@@ -19,7 +19,7 @@ import torch
 from peers import tuned_gaussian_mixture, tuned_kernel_density
 from tasks import Task, core_tasks
 
-from sk_ebm import EBMFlowDensity
+from sk_ebm import EBMFlowDensity, TrainingWarning
 
 N_TRAIN, N_TEST, N_DRAWS = 1000, 10_000, 40_000
 MODELS = ("KernelDensity", "GaussianMixture", "EBMFlowDensity")
@@ -94,6 +94,8 @@ def main() -> None:
         "each choice needs an output file of its own",
     )
     options = parser.parse_args()
+    # A fit cut short is no result.
+    warnings.filterwarnings("error", message=".*was interrupted", category=TrainingWarning)
     rows = [json.loads(line) for line in options.output.read_text().splitlines()] if options.output.exists() else []
     done = {(row["task"], row["model"], row["seed"]) for row in rows}
     for task in core_tasks():

@@ -92,8 +92,9 @@ class LangevinEBM(NormalisedLater):
         """Draw rows: persistent chains, picked at random and moved on."""
         generator = torch.Generator().manual_seed(self.random_state)
         picks = torch.randint(len(self.chains), (n_samples,), generator=generator)
+        chains = self.chains[picks]
         for _ in range(4):
-            chains, _ = self._move(self.chains[picks], self.step_size, generator)
+            chains, _ = self._move(chains, self.step_size, generator)
         return chains.double().numpy() * self.scale + self.mean
 
     def _log_density(self, z: torch.Tensor) -> torch.Tensor:
@@ -150,7 +151,14 @@ class TorchEBM(NormalisedLater):
             self.energy = _Energy(X.shape[1])
             self.sampler = LangevinDynamics(model=self.energy, step_size=0.01)
             loss = ContrastiveDivergence(
-                model=self.energy, sampler=self.sampler, k_steps=10, persistent=True, buffer_size=2000, init_steps=0
+                model=self.energy,
+                sampler=self.sampler,
+                k_steps=10,
+                persistent=True,
+                buffer_size=2000,
+                init_steps=0,
+                # A penalty on large energies would bias a density whose energy grows as it should.
+                energy_reg_weight=0.0,
             )
             optimizer = torch.optim.Adam(self.energy.parameters(), lr=1e-3)
             rows = torch.from_numpy(X).float()

@@ -13,6 +13,7 @@ import json
 import platform
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from sklearn.model_selection import train_test_split
 from sklearn.svm import SVC
 from tasks import Task, eight_gaussians, eight_modes, two_modes
 
-from sk_ebm import EBMFlowDensity, class_proportions
+from sk_ebm import EBMFlowDensity, TrainingWarning, class_proportions
 
 N_TRAIN, N_DRAWS, N_REPETITIONS, N_TRUTH = 5000, 100_000, 100, 200_000
 
@@ -131,6 +132,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--tasks", nargs="+", default=None, help="names of tasks; all by default")
     options = parser.parse_args()
+    # A fit cut short is no result.
+    warnings.filterwarnings("error", message=".*was interrupted", category=TrainingWarning)
     rows = [json.loads(line) for line in options.output.read_text().splitlines()] if options.output.exists() else []
     done = {(row["task"], row["seed"]) for row in rows}
     jobs = {task.name: lambda seed, task=task: run_mixture(task, seed) for task in tasks()} | {"digits": run_digits}

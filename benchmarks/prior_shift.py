@@ -15,6 +15,7 @@ import logging
 import platform
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import train_test_split
 from sklearn.preprocessing import StandardScaler
 
-from sk_ebm import DensityClassifier
+from sk_ebm import DensityClassifier, TrainingWarning
 
 N_PREVALENCES, SAMPLE_SIZES, MAX_TRAIN = 100, (100, 500), 3000
 METHODS: dict[str, Callable[[int], object]] = {
@@ -97,6 +98,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--tables", nargs="+", default=None, help="names of tables; all by default")
     options = parser.parse_args()
+    # A fit cut short is no result.
+    warnings.filterwarnings("error", message=".*was interrupted", category=TrainingWarning)
     logging.disable(logging.WARNING)
     rows = [json.loads(line) for line in options.output.read_text().splitlines()] if options.output.exists() else []
     done = {(row["table"], row["method"], row["seed"]) for row in rows}

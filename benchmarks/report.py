@@ -13,6 +13,8 @@ PACKAGES = ("scikit-learn", "torch", "normflows", "zuko", "pyvinecopulib", "torc
 # A table of n rows in all is counted with the size it comes nearest to.
 SIZES = (200, 1000, 5000, 20_000)
 _GRID_ERROR = 0.001
+# Divergences (nats) below it are as good as none, and the mean over test rows may even be negative.
+_LEAST_KL = 0.001
 
 
 class Cell:
@@ -29,7 +31,7 @@ class Cell:
     def loss(self, model: str) -> float:
         """Return the median over seeds of KL, or of the negative log-likelihood (nats)."""
         of_model = self.rows.get(model, {}).values()
-        losses = [row["kl"] if self.is_known else -row["log_likelihood"] for row in of_model]
+        losses = [max(row["kl"], _LEAST_KL) if self.is_known else -row["log_likelihood"] for row in of_model]
         return float(np.median(losses)) if losses and np.isfinite(losses).all() else math.inf
 
     def best_peer(self) -> str:
@@ -39,8 +41,10 @@ class Cell:
     def lead(self, peer: str) -> tuple[float, float]:
         """Return how much more likely test rows are under our density than under a peer (nats), and its error.
 
-        The error is the larger of that over test rows, paired, and that over seeds.
+        The lead is the median over seeds; the error is the larger of that over test rows, paired, and that over seeds.
         """
+        if not self.rows[OURS]:
+            return -math.inf, 0.0
         seeds = sorted(set(self.rows[OURS]) & set(self.rows[peer]))
         differences = [
             np.subtract(self.rows[OURS][seed]["parts"], self.rows[peer][seed]["parts"], dtype=float) for seed in seeds
@@ -48,7 +52,7 @@ class Cell:
         means = [float(difference.mean()) for difference in differences]
         within = math.sqrt(sum(d.var(ddof=1) / len(d) for d in differences)) / len(seeds)
         between = float(np.std(means, ddof=1)) / math.sqrt(len(seeds)) if len(seeds) > 1 else 0.0
-        return float(np.mean(means)), max(within, between)
+        return float(np.median(means)), max(within, between)
 
     def median(self, model: str, key: str) -> float:
         """Return the median over seeds of a measurement."""
@@ -62,7 +66,7 @@ def write_report(rows: list[dict], path: Path) -> None:
     for row in rows:
         groups[row["name"], row["n_train"]].append(row)
     cells = [Cell(group) for group in groups.values()]
-    cells = [cell for cell in cells if OURS in cell.rows and len(cell.rows) > 1]
+    cells = [cell for cell in cells if any(model != OURS for model in cell.rows)]
     models = [OURS, *dict.fromkeys(row["model"] for row in rows if row["model"] != OURS)]
     n_seeds = len({row["seed"] for row in rows})
     parts = [

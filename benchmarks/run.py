@@ -13,6 +13,7 @@ import resource
 import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +26,7 @@ from report import write_report  # noqa: E402
 from tables import tables  # noqa: E402
 from tasks import Task, all_tasks  # noqa: E402
 
-from sk_ebm import EBMFlowDensity  # noqa: E402
+from sk_ebm import EBMFlowDensity, TrainingWarning  # noqa: E402
 
 OURS = "EBMFlowDensity"
 N_TEST, N_PARTS, N_DRAWS, N_GRID = 5000, 25, 10_000, 1000
@@ -44,6 +45,8 @@ def run_job(job: Job, folder: Path | None, parameters: dict) -> dict:
     """Fit, score and sample in a fresh process."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    # A fit cut short is no result.
+    warnings.filterwarnings("error", message=".*was interrupted", category=TrainingWarning)
     task = next((task for task in all_tasks() if task.name == job.name), None)
     X_train, X_test = draw(job, task, folder)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -151,7 +154,11 @@ def main() -> None:
             job = futures[future]
             try:
                 row = future.result()
-            except Exception as error:  # A peer may fail on a table; that is a result too.
+            except (BrokenProcessPool, TrainingWarning):
+                # The machine or the user ended it: nothing to record.
+                executor.shutdown(cancel_futures=True)
+                raise
+            except Exception as error:  # A density may fail on a table; that is a result too.
                 row = job._asdict() | {"error": repr(error)[:300]}
             rows.append(row)
             with options.output.open("a") as file:

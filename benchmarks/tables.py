@@ -10,33 +10,36 @@ from sklearn.decomposition import PCA
 MAX_ROWS = 60_000
 
 
+def spread_ties(X: np.ndarray) -> np.ndarray:
+    """Fill the rounding of every column up by uniform noise of one step: repeated values have no density."""
+    rng = np.random.default_rng(0)
+    steps = [np.diff(np.unique(column)).min() if 1 < len(np.unique(column)) < len(column) else 0.0 for column in X.T]
+    return X + rng.uniform(-0.5, 0.5, X.shape) * steps
+
+
 def iris() -> np.ndarray:
-    """Iris, with the rounding to a tenth filled up by uniform noise: ties have no density."""
-    X = load_iris().data
-    return X + np.random.default_rng(0).uniform(-0.05, 0.05, X.shape)
+    """The four lengths."""
+    return spread_ties(load_iris().data)
+
+
+def wine() -> np.ndarray:
+    """The thirteen measurements."""
+    return spread_ties(load_wine().data)
+
+
+def diabetes() -> np.ndarray:
+    """All columns but sex."""
+    return spread_ties(np.delete(load_diabetes(scaled=False).data, 1, axis=1))
 
 
 def breast_cancer() -> np.ndarray:
     """The ten means, without perimeter and area, which the radius determines."""
-    return np.delete(load_breast_cancer().data[:, :10], [2, 3], axis=1)
-
-
-def diabetes() -> np.ndarray:
-    """The continuous columns: without sex, and with rounded ones left out."""
-    X = load_diabetes(scaled=False).data
-    return X[:, [2, 3, 4, 5, 8]] + np.random.default_rng(0).uniform(-0.05, 0.05, (len(X), 5))
+    return spread_ties(np.delete(load_breast_cancer().data[:, :10], [2, 3], axis=1))
 
 
 def digits() -> np.ndarray:
-    """Ten principal components of the digits, whose sixteen grey levels are filled up by uniform noise."""
-    X = load_digits().data
-    return PCA(10).fit_transform(X + np.random.default_rng(0).uniform(-0.5, 0.5, X.shape))
-
-
-def wine() -> np.ndarray:
-    """Wine, with the rounding to a hundredth filled up."""
-    X = load_wine().data
-    return X + np.random.default_rng(0).uniform(-0.005, 0.005, X.shape)
+    """Ten principal components of the digits."""
+    return PCA(10).fit_transform(spread_ties(load_digits().data))
 
 
 def tables(folder: Path | None) -> dict[str, Callable[[], np.ndarray]]:
@@ -53,6 +56,6 @@ def _load(path: Path) -> np.ndarray:
     with np.load(path) as table:
         X = table["X"][:, table["keep"]] if "keep" in table else table["X"]
     if X.shape[1] > 100:
-        X = PCA(20, random_state=0).fit_transform(X + np.random.default_rng(0).uniform(-0.5, 0.5, X.shape))
+        X = PCA(20, random_state=0).fit_transform(spread_ties(X.astype(float)))
     order = np.random.default_rng(0).permutation(len(X))[:MAX_ROWS]
     return X[order].astype(float)

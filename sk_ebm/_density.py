@@ -275,7 +275,8 @@ class EBMFlowDensity(CallbackSupportMixin, DensityMixin, BaseEstimator):
         so. Before that, it leaves a previous fit as it was.
 
         From scikit-learn 1.9 on, callbacks (`set_callbacks`) are called at every validation check and may end the
-        training; they can ask for the estimator as fitted so far.
+        training. The estimator that they can ask for holds the energies as they are, on the base that is trained; the
+        one that is left in the end holds the best ones, on all bases.
 
         Parameters
         ----------
