@@ -119,8 +119,8 @@ class DensityClassifier(ClassifierMixin, BaseEstimator):
     class_prior : array-like of shape (n_classes,), default=None
         Prior probabilities of the classes for `predict` and `predict_proba`; None takes the training shares.
     calibrate : bool, default=True
-        Whether to learn a common temperature, an offset per class and the share of exceptional rows from densities of
-        rows they have not seen.
+        Whether to learn a common temperature, an offset and a linear tilt per class and the share of exceptional rows
+        from densities of rows they have not seen.
         EBMFlowDensity holds out rows of its own; another density is fitted five times more for this. Where a class
         has too few rows to hold some out, a ProportionsWarning says that nothing was calibrated.
     n_jobs : int, default=None
@@ -137,7 +137,7 @@ class DensityClassifier(ClassifierMixin, BaseEstimator):
     densities_ : list of estimators
         Fitted density of each class.
     calibration_ : Calibration
-        `scale`, `offset` and `contamination` that turn log densities into calibrated ones.
+        `scale`, `offset`, `tilt` and `contamination` that turn log densities into calibrated ones.
     n_features_in_ : int
         Number of features seen by `fit`.
     feature_names_in_ : ndarray of shape (`n_features_in_`,)
@@ -223,7 +223,7 @@ class DensityClassifier(ClassifierMixin, BaseEstimator):
         check_is_fitted(self)
         with np.errstate(divide="ignore"):
             log_prior = np.log(self.class_prior_)
-        joint = self.calibration_(self.score_samples_by_class(X)) + log_prior
+        joint = self._calibrated(X) + log_prior
         joint[np.isneginf(joint).all(1)] = log_prior
         return joint - logsumexp(joint, axis=1, keepdims=True)
 
@@ -232,6 +232,11 @@ class DensityClassifier(ClassifierMixin, BaseEstimator):
         check_is_fitted(self)
         X = validate_data(self, X, dtype=[np.float64, np.float32], reset=False)
         return np.column_stack([density.score_samples(X) for density in self.densities_])
+
+    def _calibrated(self, X: Any) -> np.ndarray:
+        """Return the calibrated log density of each row under each class, shape (n_samples, n_classes)."""
+        log_density = self.score_samples_by_class(X)
+        return self.calibration_(log_density, validate_data(self, X, dtype=np.float64, reset=False))
 
     def estimate_proportions(self, X: Any, sample_weight: Any = None) -> ClassProportions:
         """Estimate the class proportions of unlabelled rows by maximum likelihood.
@@ -257,7 +262,7 @@ class DensityClassifier(ClassifierMixin, BaseEstimator):
             If no row lies where any of the densities is positive.
         """
         check_is_fitted(self)
-        log_density = self.calibration_(self.score_samples_by_class(X))
+        log_density = self._calibrated(X)
         weight = np.ones(len(log_density))
         if sample_weight is not None:
             weight = _check_sample_weight(sample_weight, log_density, dtype=np.float64, ensure_non_negative=True)
@@ -318,7 +323,9 @@ class DensityClassifier(ClassifierMixin, BaseEstimator):
             is_known = ~np.isnan(log_density).any(1) & np.isfinite(log_density).any(1)
             n_known = np.bincount(label[is_known], minlength=len(classes))
             if n_known.all():
-                self.calibration_ = fit_calibration(log_density[is_known], label[is_known], weight[is_known])
+                self.calibration_ = fit_calibration(
+                    log_density[is_known], X[is_known].astype(np.float64), label[is_known], weight[is_known]
+                )
             else:
                 warnings.warn(
                     f"Class {classes[n_known.argmin()]} has too few rows to hold some out, so log densities are used "
