@@ -5,8 +5,8 @@ so an interrupted run goes on where it stopped.
 
 On mixtures, the weights of the modes of a fitted density are found by importance sampling from the truth, whatever
 the density's own sampler does. Total variation is from the weights of the modes in the same draws, unweighted: both
-share the noise of the draws, which would else be as large as what is measured. No density can know the truth better than
-its training rows do, so what a training loses is the distance from the weights in the training rows.
+share the noise of the draws, which would else be as large as what is measured. No density can know the truth better
+than its training rows do, so what a training loses is the distance from the weights in the training rows.
 """
 
 import argparse
@@ -116,7 +116,8 @@ def report(rows: list[dict]) -> str:
         lines.append(
             f"| {name} | {mean['tv_train']:.4f} | {mean['tv_ebm']:.4f} | {mean['tv_langevin']:.4f} "
             f"| {mean['tv_ebm'] / mean['tv_train']:.2f} | {mean['tv_ebm'] / mean['tv_langevin']:.2f} "
-            f"| {mean['tv_ebm_to_rows']:.4f} | {mean['tv_langevin_to_rows']:.4f} | {mean['coverage']:.2f} | {mean['tv_draws_to_shares']:.4f} | {mean['ess_ebm']:.2f} "
+            f"| {mean['tv_ebm_to_rows']:.4f} | {mean['tv_langevin_to_rows']:.4f} "
+            f"| {mean['coverage']:.2f} | {mean['tv_draws_to_shares']:.4f} | {mean['ess_ebm']:.2f} "
             f"| {mean['fit_seconds']:.0f} |"
         )
     lines.append("")
