@@ -24,10 +24,10 @@ _MAX_SCORED = 2000
 
 
 class Scaled:
-    """Density of standardised rows, in the units they had before."""
+    """Density of rows divided by a scale, their standard deviation by default, in the units they had before."""
 
-    def __init__(self, fit: Callable[[np.ndarray], object], X: np.ndarray) -> None:
-        self.mean, self.scale = X.mean(0), X.std(0)
+    def __init__(self, fit: Callable[[np.ndarray], object], X: np.ndarray, scale: np.ndarray | None = None) -> None:
+        self.mean, self.scale = X.mean(0), X.std(0) if scale is None else scale
         self.density = fit((X - self.mean) / self.scale)
 
     def score_samples(self, X: np.ndarray) -> np.ndarray:
@@ -55,13 +55,22 @@ def tuned_kernel_density(X: np.ndarray, seed: int = 0) -> Scaled:
 
 
 def tuned_gaussian_mixture(X: np.ndarray, seed: int = 0) -> Scaled:
-    """Standardise, then choose components and covariance type by cross-validated likelihood."""
+    """Choose components, covariance type, and standardised or own units by cross-validated likelihood.
+
+    The units matter: a sphere in one is none in the other.
+    """
     grid = {
         "n_components": [k for k in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32) if 10 * k <= len(X)],
         "covariance_type": ["full", "tied", "diag", "spherical"],
     }
-    mixture = GaussianMixture(random_state=seed)
-    return Scaled(lambda z: GridSearchCV(mixture, grid, cv=folds(z)).fit(z).best_estimator_, X)
+
+    def search(z: np.ndarray) -> GridSearchCV:
+        return GridSearchCV(GaussianMixture(random_state=seed), grid, cv=folds(z)).fit(z)
+
+    both = [Scaled(search, X), Scaled(search, X, scale=np.ones(X.shape[1]))]
+    best = max(both, key=lambda scaled: scaled.density.best_score_ - np.log(scaled.scale).sum())
+    best.density = best.density.best_estimator_
+    return best
 
 
 def vine_copula(X: np.ndarray, seed: int = 0) -> Scaled:

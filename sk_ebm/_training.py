@@ -38,7 +38,7 @@ _MAX_GRAD_NORM = 5.0
 MAX_JUDGED_ROWS = 20_000
 _ROUNDS_BEFORE_BACKING_OFF = 4
 _MAX_ROUNDS_AT_GATE = 20
-# A base that trails another by this much (nats) when a quarter of the iterations are over has never earned a share.
+# A base that trails another by this much (nats) after a quarter of the iterations is not worth the rest of them.
 _HOPELESS = 1.0
 
 
