@@ -1,12 +1,14 @@
 """Print the error of class proportions under prior shift: DensityClassifier beside QuaPy's EMQ and KDEyML.
 
-Run ``python benchmarks/prior_shift.py --data FOLDER --output prior_shift.jsonl``; without a folder of tables (`X`, `y`,
-`.npz`), only those of scikit-learn run. Finished fits are read back from the output file.
+Run ``python benchmarks/prior_shift.py --data FOLDER --output prior_shift.jsonl``; without a folder of tables (`.npz`
+with `X`, `y` and perhaps `keep`, column indices), only those of scikit-learn run. Finished fits are read back from the
+output file.
 
-Half of the rows train; from the other half, samples of 100 and 500 rows are drawn with 100 prevalences uniform on the
-simplex (artificial-prevalence protocol), the same for every method. All methods see the same features: standardised,
-and for the digits and breast_cancer ten principal components. EMQ and KDEyML have QuaPy's defaults on a logistic
-regression.
+Half of the rows train, 3000 at most; from the other half, samples of 100 and 500 rows are drawn with 100 prevalences
+uniform on the simplex (artificial-prevalence protocol), the same for every method. Every labelled table is used,
+without the classes that have fewer than 50 rows to train on. All methods see the same features: those that are fit for
+a continuous density, standardised, or the first ten principal components of images and of breast_cancer. EMQ and KDEyML
+have QuaPy's defaults on a logistic regression.
 """
 
 import argparse
@@ -24,30 +26,45 @@ import quapy
 import sklearn
 import torch
 from quapy.method.aggregative import EMQ, KDEyML
-from sklearn.datasets import load_breast_cancer, load_digits
+from sklearn.datasets import load_breast_cancer, load_digits, load_iris, load_wine
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import train_test_split
+from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from sk_ebm import DensityClassifier, TrainingWarning
 
-N_PREVALENCES, SAMPLE_SIZES, MAX_TRAIN = 100, (100, 500), 3000
+N_PREVALENCES, SAMPLE_SIZES, MAX_TRAIN, MIN_CLASS = 100, (100, 500), 3000, 50
 METHODS: dict[str, Callable[[int], object]] = {
     "DensityClassifier": lambda seed: DensityClassifier(random_state=seed),
     "EMQ": lambda seed: EMQ(LogisticRegression(max_iter=2000)),
     "KDEyML": lambda seed: KDEyML(LogisticRegression(max_iter=2000), random_state=seed),
 }
-TABLES = ("ad_annthyroid", "ad_pageblocks", "abalone", "banknote", "keel_phoneme")
+COMPONENTS = {"digits": [PCA(n_components=10)], "mnist10k": [PCA(n_components=10)]}
+COMPONENTS["breast_cancer"] = [StandardScaler(), PCA(n_components=10)]
 
 
 def tables(folder: Path | None) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """Yield the name, features and labels of each table."""
-    yield "digits", *load_digits(return_X_y=True)
-    yield "breast_cancer", *load_breast_cancer(return_X_y=True)
-    for name in TABLES if folder else ():
-        with np.load(folder / f"{name}.npz") as table:
-            yield name, table["X"][:, table["keep"]].astype(float), table["y"]
+    """Yield the name, features and labels of each table with two classes or more that have rows enough."""
+    for name, X, y in all_tables(folder):
+        counts = np.bincount(y)
+        n_train = counts * min(0.5, MAX_TRAIN / len(y))
+        has_rows_enough = n_train[y] >= MIN_CLASS
+        X, y = X[has_rows_enough], y[has_rows_enough]
+        if len(np.unique(y)) > 1:
+            yield name, X, np.unique(y, return_inverse=True)[1]
+
+
+def all_tables(folder: Path | None) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Yield the name, features and labels of each labelled table."""
+    for load in (load_breast_cancer, load_digits, load_iris, load_wine):
+        yield load.__name__.removeprefix("load_"), *load(return_X_y=True)
+    for path in sorted(folder.glob("*.npz")) if folder else ():
+        with np.load(path) as table:
+            if "y" in table:
+                X = table["X"][:, table["keep"]] if "keep" in table else table["X"]
+                yield path.stem, X.astype(float), table["y"].astype(int)
 
 
 def split(name: str, X: np.ndarray, y: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -55,13 +72,8 @@ def split(name: str, X: np.ndarray, y: np.ndarray, seed: int) -> tuple[np.ndarra
     parts = train_test_split(X, y, test_size=0.5, random_state=seed, stratify=y)
     X_train, X_test, y_train, y_test = parts
     X_train, y_train = X_train[:MAX_TRAIN], y_train[:MAX_TRAIN]
-    maps = [PCA(n_components=10)] if name == "digits" else [StandardScaler()]
-    if name == "breast_cancer":
-        maps.append(PCA(n_components=10))
-    for feature_map in maps:
-        feature_map.fit(X_train)
-        X_train, X_test = feature_map.transform(X_train), feature_map.transform(X_test)
-    return X_train, X_test, y_train, y_test
+    feature_map = make_pipeline(*COMPONENTS.get(name, [StandardScaler()])).fit(X_train)
+    return feature_map.transform(X_train), feature_map.transform(X_test), y_train, y_test
 
 
 def mean_absolute_errors(method, X: np.ndarray, y: np.ndarray, seed: int) -> dict[str, float]:
@@ -80,13 +92,16 @@ def mean_absolute_errors(method, X: np.ndarray, y: np.ndarray, seed: int) -> dic
 
 def report(rows: list[dict]) -> str:
     """Format means over seeds as Markdown; the best method is bold."""
-    lines = ["| mean absolute error | rows | " + " | ".join(METHODS) + " |", "| --- " * (2 + len(METHODS)) + "|"]
+    lines = [
+        "| mean absolute error | classes | rows | " + " | ".join(METHODS) + " |",
+        "| --- " * (3 + len(METHODS)) + "|",
+    ]
     for name in dict.fromkeys(row["table"] for row in rows):
+        of_table = [row for row in rows if row["table"] == name]
         for size in SAMPLE_SIZES:
-            of_table = [row for row in rows if row["table"] == name]
             means = {m: np.mean([r[f"mae_{size}"] for r in of_table if r["method"] == m]) for m in METHODS}
             cells = [f"**{v:.4f}**" if v == min(means.values()) else f"{v:.4f}" for v in means.values()]
-            lines.append(f"| {name} | {size} | " + " | ".join(cells) + " |")
+            lines.append(f"| {name} | {of_table[0]['n_classes']} | {size} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -105,13 +120,14 @@ def main() -> None:
     done = {(row["table"], row["method"], row["seed"]) for row in rows}
     for name, X, y in tables(options.data):
         for seed in options.seeds:
-            X_train, X_test, y_train, y_test = split(name, X, np.asarray(y, int), seed)
+            X_train, X_test, y_train, y_test = split(name, X, y, seed)
             for method_name, make in METHODS.items():
                 if (name, method_name, seed) in done or (options.tables and name not in options.tables):
                     continue
                 started = time.perf_counter()
                 method = make(seed).fit(X_train, y_train)
-                row = {"table": name, "method": method_name, "seed": seed, "seconds": time.perf_counter() - started}
+                row = {"table": name, "n_classes": int(y.max()) + 1, "method": method_name, "seed": seed}
+                row["seconds"] = time.perf_counter() - started
                 rows.append(row | mean_absolute_errors(method, X_test, y_test, seed))
                 with options.output.open("a") as file:
                     file.write(json.dumps(rows[-1]) + "\n")

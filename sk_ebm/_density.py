@@ -36,6 +36,7 @@ except ImportError:  # scikit-learn before 1.9 has no callbacks.
         return method
 
 
+DOC_LINK = "https://sk-ebm.readthedocs.io/en/stable/api.html#sk_ebm.{estimator_name}"
 _SCORE_CHUNK = 8192
 _MODEL_PARAMETERS = (
     "base",
@@ -216,6 +217,9 @@ class EBMFlowDensity(CallbackSupportMixin, DensityMixin, BaseEstimator):
         "verbose": ["verbose"],
     }
 
+    # Where the HTML representation links to.
+    _doc_link_module = "sk_ebm"
+    _doc_link_template = DOC_LINK
     _fold_seed: int
     _model_parameters: dict[str, Any]
 

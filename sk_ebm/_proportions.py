@@ -13,7 +13,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, has_fit_parameter, validate_data
 
 from sk_ebm._calibration import fit_calibration, no_calibration
-from sk_ebm._density import EBMFlowDensity, check_n_samples, restored_on_failure
+from sk_ebm._density import DOC_LINK, EBMFlowDensity, check_n_samples, restored_on_failure
 from sk_ebm._draws import draw_samples
 from sk_ebm._log_normalizer import effective_sample_size
 from sk_ebm._stacking import mixture_shares
@@ -162,6 +162,10 @@ class DensityClassifier(ClassifierMixin, BaseEstimator):
     >>> model.estimate_proportions(X[y > 0]).proportions.round(2)
     array([0. , 0.5, 0.5])
     """
+
+    # Where the HTML representation links to.
+    _doc_link_module = "sk_ebm"
+    _doc_link_template = DOC_LINK
 
     def __init__(
         self,

@@ -12,13 +12,14 @@ from sklearn.decomposition import PCA
 from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
+from sklearn.utils import estimator_html_repr
 from sklearn.utils.estimator_checks import (
     check_dataframe_column_names_consistency,
     check_param_validation,
     parametrize_with_checks,
 )
 
-from sk_ebm import EBMFlowDensity
+from sk_ebm import DensityClassifier, EBMFlowDensity
 
 QUICK = {"base": "gaussian", "max_iter": 4, "n_estimators": 2, "n_chains": 32, "hidden_layer_sizes": (16,)}
 
@@ -145,3 +146,10 @@ def test_pipeline_scores_and_samples_in_its_own_space(X):
     pipe = make_pipeline(PCA(n_components=1), quick()).fit(X)
     assert pipe.score_samples(X).shape == (60,)
     assert pipe[:-1].inverse_transform(pipe[-1].sample(3, random_state=0)).shape == (3, 2)
+
+
+@pytest.mark.parametrize("estimator", [EBMFlowDensity(alpha=0.3), DensityClassifier(calibrate=False)])
+def test_representations_show_what_was_changed_and_where_to_read(estimator):
+    changed = "alpha=0.3" if isinstance(estimator, EBMFlowDensity) else "calibrate=False"
+    assert repr(estimator) == f"{type(estimator).__name__}({changed})"
+    assert f"api.html#sk_ebm.{type(estimator).__name__}" in estimator_html_repr(estimator)

@@ -1,0 +1,145 @@
+"""EBMFlowDensity takes the place of KernelDensity and GaussianMixture in packages that we did not write.
+
+The packages come with the extra `integrations`; without them these tests skip.
+"""
+
+import numpy as np
+import pytest
+from sklearn.base import clone
+from sklearn.datasets import make_blobs, make_moons
+from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import train_test_split
+
+from sk_ebm import EBMFlowDensity
+
+# Third-party packages warn of their own future.
+pytestmark = pytest.mark.filterwarnings("ignore:::(?!sk_ebm)")
+
+
+def quick(**peer_parameters):
+    """Density for a caller that passes the parameters of the class it thinks it builds."""
+    return EBMFlowDensity(base="gaussian", max_iter=30, n_estimators=2, n_chains=128, random_state=0)
+
+
+@pytest.fixture(scope="module")
+def moons():
+    return make_moons(600, noise=0.15, random_state=0)
+
+
+@pytest.fixture(scope="module")
+def contaminated():
+    """Two clusters and, with label 1, rows from all over the place."""
+    rng = np.random.default_rng(0)
+    inliers, _ = make_blobs(380, centers=[[-3, 0], [3, 0]], cluster_std=0.6, random_state=0)
+    X = np.concatenate([inliers, rng.uniform(-8, 8, (20, 2))])
+    return X, np.repeat([0, 1], [380, 20])
+
+
+def test_scikit_lego_classifier(moons, monkeypatch):
+    neighbors = pytest.importorskip("sklego.neighbors")
+    monkeypatch.setattr(neighbors, "KernelDensity", quick)
+    X_train, X_test, y_train, y_test = train_test_split(*moons, random_state=0)
+    classifier = clone(neighbors.BayesianKernelDensityClassifier()).fit(X_train, y_train)
+    assert all(isinstance(model, EBMFlowDensity) for model in classifier.models_.values())
+    assert classifier.score(X_test, y_test) > 0.95
+    np.testing.assert_allclose(classifier.predict_proba(X_test).sum(axis=1), 1)
+
+
+@pytest.mark.parametrize("method", ["quantile", "stddev"])
+def test_scikit_lego_outlier_detector(contaminated, monkeypatch, method):
+    detector = pytest.importorskip("sklego.mixture.gmm_outlier_detector")
+    monkeypatch.setattr(detector, "GaussianMixture", quick)
+    X, is_outlier = contaminated
+    threshold = 0.95 if method == "quantile" else 2
+    found = detector.GMMOutlierDetector(threshold=threshold, method=method).fit(X)
+    assert isinstance(found.gmm_, EBMFlowDensity)
+    assert roc_auc_score(is_outlier, -found.score_samples(X)) > 0.9
+    assert is_outlier[found.predict(X) == -1].mean() > 0.6
+
+
+def test_pyod_detector(contaminated):
+    kde = pytest.importorskip("pyod.models.kde")
+    X, is_outlier = contaminated
+    detector = kde.KDE(contamination=0.05)
+    detector.kde_ = quick()
+    detector.fit(X)
+    assert roc_auc_score(is_outlier, detector.decision_scores_) > 0.9
+    assert detector.labels_.sum() == 20
+    assert is_outlier[detector.predict(X) == 1].mean() > 0.6
+    assert detector.predict_proba(X).shape == (400, 2)
+
+
+def test_quapy_kernel_hook(moons):
+    aggregative = pytest.importorskip("quapy.method.aggregative")
+    from sklearn.linear_model import LogisticRegression
+
+    class EBMyML(aggregative.KDEyML):
+        """KDEyML with another density of the posteriors."""
+
+        def get_kde_function(self, X, bandwidth, kernel):
+            return quick().fit(self.transform_posteriors(X, kernel))
+
+    X_train, X_test, y_train, y_test = train_test_split(*moons, random_state=0)
+    # The posteriors of all classes sum to one; "ilr" takes the coordinates that are free.
+    quantifier = EBMyML(LogisticRegression(), kernel="ilr", shrinkage=0.01, random_state=0).fit(X_train, y_train)
+    assert all(isinstance(density, EBMFlowDensity) for density in quantifier.mix_densities)
+    for share in (0.2, 0.8):
+        ones = np.flatnonzero(y_test == 1)
+        zeros = np.flatnonzero(y_test == 0)
+        n_ones = round(50 * share)
+        rows = np.concatenate([ones[:n_ones], zeros[: 50 - n_ones]])
+        assert quantifier.predict(X_test[rows])[1] == pytest.approx(share, abs=0.12)
+
+
+def test_quapy_evaluates_density_classifier(moons):
+    base = pytest.importorskip("quapy.method.base")
+    from quapy.data.base import LabelledCollection
+    from quapy.evaluation import evaluate
+    from quapy.protocol import APP
+
+    from sk_ebm import DensityClassifier
+
+    class DensityQuantifier(base.BaseQuantifier):
+        """The adapter of docs/class_proportions.md."""
+
+        def __init__(self, density=None, random_state=None):
+            self.density = density
+            self.random_state = random_state
+
+        def fit(self, X, y):
+            self.classifier_ = DensityClassifier(self.density, random_state=self.random_state).fit(X, y)
+            return self
+
+        def predict(self, X):
+            return self.classifier_.quantify(X)
+
+    X_train, X_test, y_train, y_test = train_test_split(*moons, random_state=0)
+    protocol = APP(LabelledCollection(X_test, y_test), sample_size=100, repeats=1, n_prevalences=5, random_state=0)
+    quantifier = DensityQuantifier(quick(), random_state=0).fit(X_train, y_train)
+    assert evaluate(quantifier, protocol=protocol, error_metric="mae") < 0.03
+
+
+def test_optuna_search(moons):
+    integration = pytest.importorskip("optuna_integration")
+    optuna = pytest.importorskip("optuna")
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    search = integration.OptunaSearchCV(
+        quick(),
+        {"alpha": optuna.distributions.FloatDistribution(0.01, 1.0, log=True)},
+        cv=2,
+        n_trials=2,
+        random_state=0,
+        refit=True,
+    ).fit(moons[0])
+    assert 0.01 <= search.best_params_["alpha"] <= 1.0
+    assert np.isfinite(search.best_estimator_.score_samples(moons[0])).all()
+
+
+def test_polars_frame(moons):
+    polars = pytest.importorskip("polars")
+    frame = polars.DataFrame(moons[0], schema=["left", "up"])
+    density = quick().fit(frame)
+    np.testing.assert_array_equal(density.feature_names_in_, ["left", "up"])
+    np.testing.assert_array_equal(density.score_samples(frame), quick().fit(moons[0]).score_samples(moons[0]))
+    with pytest.raises(ValueError, match="feature names"):
+        density.score_samples(frame.rename({"up": "down"}))
