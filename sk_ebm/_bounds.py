@@ -1,6 +1,7 @@
 """Bounds of features: a bijection from bounded features to the real line, with its log-Jacobian."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -74,7 +75,7 @@ class BoundsMap(nn.Module):
         return x.clamp(self.low, self.high)
 
 
-def make_bounds(bounds: Any, rows: torch.Tensor) -> BoundsMap:
+def make_bounds(bounds: Any, rows: torch.Tensor, names: Sequence[Any] | None = None) -> BoundsMap:
     """Build the map from what the user wrote: one (low, high) for all features, or a list with one per feature.
 
     Parameters
@@ -83,6 +84,8 @@ def make_bounds(bounds: Any, rows: torch.Tensor) -> BoundsMap:
         Pairs of numbers or None.
     rows : tensor of shape (n, d)
         Training rows.
+    names : sequence of d str or int, default=None
+        What errors call the features; None is their numbers.
 
     Raises
     ------
@@ -91,14 +94,15 @@ def make_bounds(bounds: Any, rows: torch.Tensor) -> BoundsMap:
         outside.
     """
     rows = rows.double()
-    low, high = torch.tensor(_pairs(bounds, rows.shape[1]), dtype=torch.float64).T
+    names = range(rows.shape[1]) if names is None else names
+    low, high = torch.tensor(_pairs(bounds, names), dtype=torch.float64).T
     span = torch.where((high - low).isfinite(), high - low, rows.std(0))
     bounds_map = BoundsMap(low, high, span, torch.stack([_clearance(rows - low), _clearance(high - rows)]))
     is_outside = bounds_map.is_outside(rows)
     for j in is_outside.any(0).nonzero().flatten().tolist():
         outside = rows[is_outside[:, j], j]
         raise ValueError(
-            f"{len(outside)} values of feature {j} lie outside its bounds ({low[j]:g}, {high[j]:g}), such as "
+            f"{len(outside)} values of feature {names[j]!r} lie outside its bounds ({low[j]:g}, {high[j]:g}), such as "
             f"{outside[0]:g}. Widen the bounds, or drop those rows."
         )
     return bounds_map
@@ -109,8 +113,8 @@ def _clearance(distance: torch.Tensor) -> torch.Tensor:
     return 0.5 * torch.where(distance > 0, distance, math.inf).amin(0).nan_to_num(posinf=0.0)
 
 
-def _pairs(bounds: Any, n_features: int) -> list[tuple[float, float]]:
-    pairs = list(bounds)
+def _pairs(bounds: Any, names: Sequence[Any]) -> list[tuple[float, float]]:
+    pairs, n_features = list(bounds), len(names)
     # (0, None) is one pair; [None, None] says the same of two features or of all.
     if len(pairs) == 2 and all(np.ndim(bound) == 0 for bound in pairs):
         pairs = [tuple(pairs)] * n_features
@@ -120,16 +124,16 @@ def _pairs(bounds: Any, n_features: int) -> list[tuple[float, float]]:
             f"{len(pairs)}: {bounds!r}."
         )
     checked = []
-    for j, pair in enumerate(pairs):
+    for name, pair in zip(names, pairs, strict=True):
         try:
             low, high = (None, None) if pair is None else pair
             low, high = -math.inf if low is None else float(low), math.inf if high is None else float(high)
         except (TypeError, ValueError):
             raise ValueError(
-                f"The bounds of feature {j} must be (low, high), each a number or None, or None for no bounds, got "
-                f"{pair!r}."
+                f"The bounds of feature {name!r} must be (low, high), each a number or None, or None for no bounds, "
+                f"got {pair!r}."
             ) from None
         if not low < high:
-            raise ValueError(f"The bounds of feature {j} must increase, got {pair!r}.")
+            raise ValueError(f"The bounds of feature {name!r} must increase, got {pair!r}.")
         checked.append((low, high))
     return checked

@@ -412,7 +412,14 @@ class EBMFlowDensity(CallbackSupportMixin, DensityMixin, BaseEstimator):
         if previous is None:
             self._fold_seed = int(torch.randint(2**62, (1,), generator=generator))
         folds_generator = torch.Generator().manual_seed(self._fold_seed)
-        data, position = deal_to_folds(X, sample_weight, self.validation_fraction, self.n_estimators, folds_generator)
+        data, position = deal_to_folds(
+            X,
+            sample_weight,
+            self.validation_fraction,
+            self.n_estimators,
+            folds_generator,
+            getattr(self, "feature_names_in_", None),
+        )
         if previous is not None and data.n_members != len(previous.candidates[0].model):
             raise ValueError(
                 f"warm_start goes on with the {len(previous.candidates[0].model)} energies of the previous fit, but "
@@ -463,7 +470,9 @@ class EBMFlowDensity(CallbackSupportMixin, DensityMixin, BaseEstimator):
         return FitSettings(
             base=self.base,
             feature_map=self.feature_map,
-            bounds=None if self.bounds is None else make_bounds(self.bounds, rows),
+            bounds=None
+            if self.bounds is None
+            else make_bounds(self.bounds, rows, getattr(self, "feature_names_in_", None)),
             make_energies=lambda k, d: self._own_energies(k, d) if self.energy else MLPEnergies(k, d, sizes),
             make_flow=lambda d: make_flow(self.flow, d),
             device=_resolve_device(self.device),

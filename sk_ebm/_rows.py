@@ -1,5 +1,8 @@
 """From arrays to folds: merge equal rows, check that a density exists, shuffle, and deal."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -16,10 +19,11 @@ def deal_to_folds(
     validation_fraction: float,
     n_estimators: int,
     generator: torch.Generator,
+    names: Sequence[Any] | None = None,
 ) -> tuple[Folds, np.ndarray]:
     """Merge equal rows, shuffle, and deal rows to folds; weights have mean 1 over the different rows.
 
-    Also return where each row of X went, or -1 for a row of weight zero.
+    Also return where each row of X went, or -1 for a row of weight zero. `names` is what errors call the features.
     """
     is_counted = np.ones(len(X), dtype=bool)
     if sample_weight is not None:
@@ -34,7 +38,7 @@ def deal_to_folds(
         raise ValueError(
             "All rows of positive weight are equal (1 sample in effect); a density needs at least two different rows."
         )
-    _check_spread(X)
+    _check_spread(X, range(X.shape[1]) if names is None else names)
     order = torch.randperm(len(kept), generator=generator).numpy()
     weights = torch.from_numpy(weight * (len(weight) / weight.sum()))[order]
     n_folds = min(len(kept), max(n_estimators, round(1 / validation_fraction), 2))
@@ -71,14 +75,14 @@ def _hash_rows(X: np.ndarray) -> np.ndarray:
     return key
 
 
-def _check_spread(X: np.ndarray) -> None:
+def _check_spread(X: np.ndarray, names: Sequence[Any]) -> None:
     """Raise if a feature is constant, or if its variance is no floating-point number."""
     low, high = X.min(0), X.max(0)
-    constant = np.flatnonzero(low == high)
-    if len(constant):
+    constant = np.flatnonzero(low == high).tolist()
+    if constant:
         raise ValueError(
-            f"Feature {', '.join(map(str, constant))} is constant (value {X[0, constant[0]]:g}): it has no finite "
-            "density. Drop constant features, for instance with sklearn.feature_selection.VarianceThreshold."
+            f"Feature {', '.join(repr(names[j]) for j in constant)} is constant (value {X[0, constant[0]]:g}): it has "
+            "no finite density. Drop constant features, for instance with sklearn.feature_selection.VarianceThreshold."
         )
     with np.errstate(over="ignore", invalid="ignore"):
         spread, deviation = high - low, np.array([column.std(dtype=np.float64) for column in X.T])

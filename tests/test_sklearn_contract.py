@@ -153,3 +153,11 @@ def test_representations_show_what_was_changed_and_where_to_read(estimator):
     changed = "alpha=0.3" if isinstance(estimator, EBMFlowDensity) else "calibrate=False"
     assert repr(estimator) == f"{type(estimator).__name__}({changed})"
     assert f"api.html#sk_ebm.{type(estimator).__name__}" in estimator_html_repr(estimator)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "column"), [({}, [1.0] * 60), ({"bounds": [None, (0, 1)]}, np.linspace(0.5, 1.5, 60))]
+)
+def test_errors_call_features_by_their_names(X, parameters, column):
+    with pytest.raises(ValueError, match="eature 'height'"):
+        quick(**parameters).fit(pd.DataFrame({"width": X[:, 0], "height": column}))
