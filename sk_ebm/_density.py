@@ -22,6 +22,7 @@ from sk_ebm._flow import make_flow
 from sk_ebm._progress import ProgressLine
 from sk_ebm._rows import deal_to_folds
 from sk_ebm._sampler import draw_from_density, draw_pool, log_weight
+from sk_ebm._selection import FitBase
 from sk_ebm._training import ENDED_BY_USER, Outcome, TrainSettings
 
 try:
@@ -71,10 +72,11 @@ class EBMFlowDensity(CallbackSupportMixin, DensityMixin, BaseEstimator):
 
     Parameters
     ----------
-    base : {"auto", "gaussian", "student_t", "mixture", "flow"}, default="auto"
+    base : {"auto", "gaussian", "student_t", "mixture", "flow"} or callable, default="auto"
         Base density q_0. "auto" trains energies on a Gaussian and on the best of the others, and mixes the
         results with the shares that make held-out rows most likely; a base of flows joins where one flow beats
-        both.
+        both. A function ``(z, weight) -> torch.nn.Module`` fits a base of your own to whitened rows (n, n_features);
+        the module needs ``log_prob(z)`` and ``sample(n_samples, generator)``.
     feature_map : {"auto", "standard", "marginal"}, default="auto"
         Map of the features before everything else: whitening, or normal scores of each feature and whitening.
         "auto" takes the normal scores where held-out rows become clearly more likely.
@@ -193,7 +195,7 @@ class EBMFlowDensity(CallbackSupportMixin, DensityMixin, BaseEstimator):
     """
 
     _parameter_constraints: dict[str, list[Any]] = {
-        "base": [StrOptions({"auto", "gaussian", "student_t", "mixture", "flow"})],
+        "base": [StrOptions({"auto", "gaussian", "student_t", "mixture", "flow"}), callable],
         "feature_map": [StrOptions({"auto", "standard", "marginal"})],
         "bounds": ["array-like", None],
         "energy": [callable, None],
@@ -226,7 +228,7 @@ class EBMFlowDensity(CallbackSupportMixin, DensityMixin, BaseEstimator):
     def __init__(
         self,
         *,
-        base: str = "auto",
+        base: str | FitBase = "auto",
         feature_map: str = "auto",
         bounds: Any = None,
         energy: Callable[[int], nn.Module] | None = None,

@@ -24,7 +24,7 @@ from sk_ebm._sampler import (
     log_weight,
     pool_log_weight,
 )
-from sk_ebm._selection import MAX_FIT_ROWS, Bases, choose_feature_map, cross_fit_bases
+from sk_ebm._selection import MAX_FIT_ROWS, Bases, FitBase, choose_feature_map, cross_fit_bases, name_of
 from sk_ebm._stacking import stacking_shares
 from sk_ebm._support import FeatureMap, fit_feature_map
 from sk_ebm._training import ENDED_BY_USER, MAX_JUDGED_ROWS, Outcome, TrainResult, TrainSettings, fit_flow, train
@@ -35,6 +35,14 @@ _MIN_FLOW_GAIN = 0.1
 # Nats by which one flow must lead the energies: a base of flows costs more than all others together.
 _MIN_FLOW_LEAD = 0.02
 _FLOW_STEPS = 300
+# What to fit before energies are trained; the Gaussian is what others are measured by.
+_KINDS: dict[str, tuple[str, ...]] = {
+    "auto": ("gaussian", "student_t", "mixture"),
+    "gaussian": ("gaussian",),
+    "student_t": ("gaussian", "student_t"),
+    "mixture": ("gaussian", "mixture"),
+    "flow": ("gaussian",),
+}
 _STACKING_DRAWS = 20_000
 _CHUNK = 8192
 _MIN_DRAWS = 2 * _CHUNK
@@ -46,7 +54,7 @@ _RNG_LOCK = Lock()
 class FitSettings:
     """What `fit_model` needs beyond the numbers of the training loop."""
 
-    base: str
+    base: str | FitBase
     feature_map: str
     bounds: BoundsMap | None
     make_energies: Callable[[int, int], nn.Module]
@@ -332,16 +340,15 @@ def _feature_map_and_bases(
     data = data.subset(MAX_FIT_ROWS)
     rows = data.rows.double()
     data = data.with_rows(rows if settings.bounds is None else settings.bounds(rows)[0])
-    others = {"auto": ("student_t", "mixture"), "flow": ()}.get(settings.base, (settings.base,))
-    names = tuple(dict.fromkeys(("gaussian", *others)))
+    kinds = _KINDS[settings.base] if isinstance(settings.base, str) else ("gaussian", settings.base)
     if settings.feature_map == "auto":
-        feature_map, bases = choose_feature_map(data, names, generator)
+        feature_map, bases = choose_feature_map(data, kinds, generator)
     else:
         feature_map = fit_feature_map(data.rows, data.weight, use_margins=settings.feature_map == "marginal")
-        bases = cross_fit_bases(data, names, feature_map, generator)
+        bases = cross_fit_bases(data, kinds, feature_map, generator)
     feature_map.bounds = settings.bounds
     best = max(bases, key=lambda name: bases[name].score)
-    wanted = {"auto": ("gaussian", best), "flow": ()}.get(settings.base, (settings.base,))
+    wanted = {"auto": ("gaussian", best), "flow": ()}.get(name_of(settings.base), (name_of(settings.base),))
     return feature_map, {name: bases[name] for name in dict.fromkeys(wanted)}
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from sk_ebm._folds import Folds
 from sk_ebm._mixture import COVARIANCE_TYPES, fit_gaussian, fit_mixtures
@@ -25,6 +26,10 @@ _PARSIMONY = 0.5
 _FINAL_RUNS = 3
 
 
+# Fits a density to rows z (n, d) and their weights (n,), some of them zero.
+FitBase = Callable[[torch.Tensor, torch.Tensor], Density]
+
+
 class Bases(NamedTuple):
     """One fitted base per member, and the held-out log-likelihood per row (nats, in z-space)."""
 
@@ -38,25 +43,33 @@ def cross_fit(fit: Callable[[torch.Tensor, torch.Tensor], Sequence[Density]], da
     return Bases(members, data.held_out_mean(_member_log_prob(members, data.rows)))
 
 
-def cross_fit_base(name: str, data: Folds, feature_map: FeatureMap, generator: torch.Generator) -> Bases:
-    """Cross-fit the base called "gaussian", "student_t" or "mixture" in z-space."""
-    if name == "gaussian":
+def cross_fit_base(base: str | FitBase, data: Folds, feature_map: FeatureMap, generator: torch.Generator) -> Bases:
+    """Cross-fit the base called "gaussian", "student_t" or "mixture", or one of the user's own, in z-space."""
+    if base == "mixture":
+        return _search_mixture(data, feature_map, generator)
+    if base == "gaussian":
         return cross_fit(lambda z, weights: [fit_gaussian(z, weight) for weight in weights], data)
-    if name == "student_t":
+    if base == "student_t":
         return cross_fit(lambda z, weights: [fit_student_t(z, weight) for weight in weights], data)
-    return _search_mixture(data, feature_map, generator)
+    assert callable(base)
+    return cross_fit(lambda z, weights: [_fit_own_base(base, z, weight) for weight in weights], data)
+
+
+def name_of(base: str | FitBase) -> str:
+    """Return what a base is called in a fitted model."""
+    return base if isinstance(base, str) else "own"
 
 
 def choose_feature_map(
-    data: Folds, names: Sequence[str], generator: torch.Generator
+    data: Folds, kinds: Sequence[str | FitBase], generator: torch.Generator
 ) -> tuple[FeatureMap, dict[str, Bases]]:
-    """Choose between plain whitening and normal-score margins by the best of the named bases on each.
+    """Choose between plain whitening and normal-score margins by the best of some bases on each.
 
     Parameters
     ----------
     data : Folds
         Rows in the user's units.
-    names : sequence of str
+    kinds : sequence of str or callable
         Bases to try, "gaussian" among them.
     generator : torch.Generator
         Source of randomness.
@@ -66,16 +79,16 @@ def choose_feature_map(
     feature_map : FeatureMap
         The map, fitted to all rows.
     bases : dict
-        The named bases on that map.
+        The bases on that map, by name.
     """
     plain = fit_feature_map(data.rows, data.weight, use_margins=False)
-    plain_bases = cross_fit_bases(data, names, plain, generator)
+    plain_bases = cross_fit_bases(data, kinds, plain, generator)
     plain_score = max(bases.score for bases in plain_bases.values()) + mean_log_det(data, plain)
     honest_score = _score_map_and_gaussian(data)
     if honest_score < plain_score - _HOPELESS:
         return plain, plain_bases
     margins = fit_feature_map(data.rows, data.weight, use_margins=True)
-    margin_bases = cross_fit_bases(data, names, margins, generator)
+    margin_bases = cross_fit_bases(data, kinds, margins, generator)
     # The map is a density model too and has seen every row: take off what that flatters the Gaussian by.
     flattery = margin_bases["gaussian"].score + mean_log_det(data, margins) - honest_score
     margin_score = max(bases.score for bases in margin_bases.values()) + mean_log_det(data, margins) - flattery
@@ -85,11 +98,11 @@ def choose_feature_map(
 
 
 def cross_fit_bases(
-    data: Folds, names: Sequence[str], feature_map: FeatureMap, generator: torch.Generator
+    data: Folds, kinds: Sequence[str | FitBase], feature_map: FeatureMap, generator: torch.Generator
 ) -> dict[str, Bases]:
-    """Cross-fit the named bases on the z of the given map."""
+    """Cross-fit bases on the z of the given map."""
     z = data.with_rows(feature_map(data.rows)[0])
-    return {name: cross_fit_base(name, z, feature_map, generator) for name in names}
+    return {name_of(kind): cross_fit_base(kind, z, feature_map, generator) for kind in kinds}
 
 
 def mean_log_det(data: Folds, feature_map: FeatureMap) -> float:
@@ -200,6 +213,23 @@ def _frames(feature_map: FeatureMap) -> Iterator[tuple[torch.Tensor, str, int]]:
         users_units = standardised * (feature_map.scale / feature_map.scale.log().mean().exp())
         for covariance_type in ("spherical", "tied_spherical"):
             yield users_units, covariance_type, 0
+
+
+def _fit_own_base(fit: FitBase, z: torch.Tensor, weight: torch.Tensor) -> Density:
+    """Fit a base of the user's own, and raise if it is no density."""
+    base = fit(z, weight)
+    if not isinstance(base, nn.Module) or not all(callable(getattr(base, m, None)) for m in ("log_prob", "sample")):
+        raise TypeError(f"base must return a torch.nn.Module with log_prob and sample, got {base!r}.")
+    draws = base.sample(3, torch.Generator().manual_seed(0))
+    log_prob = base.log_prob(z)
+    if draws.shape != (3, z.shape[1]) or log_prob.shape != z.shape[:1]:
+        raise ValueError(
+            f"The base must draw rows of shape (n, {z.shape[1]}) and score them with shape (n,), but for n = 3 it drew "
+            f"shape {tuple(draws.shape)}, and for n = {len(z)} it scored with shape {tuple(log_prob.shape)}."
+        )
+    if not log_prob[weight > 0].isfinite().all():
+        raise ValueError("The log density of the base must be finite on all rows that it is fitted to.")
+    return base
 
 
 def _sizes(data: Folds) -> list[int]:

@@ -560,3 +560,24 @@ def test_out_of_bag_scores_are_those_of_unseen_rows():
     optimism = model.score_samples(X[3:]).mean() - model.score_samples(new).mean()
     out_of_bag = model.oob_log_density_[3:].mean() - model.score_samples(new).mean()
     assert abs(out_of_bag) < max(0.6 * optimism, 0.35)
+
+
+class _NotADensity(torch.nn.Module):
+    def log_prob(self, z):
+        return z
+
+    def sample(self, n_samples, generator):
+        return torch.zeros(n_samples, 2)
+
+
+@pytest.mark.parametrize(
+    ("base", "error", "message"),
+    [
+        (lambda z, weight: "nothing", TypeError, "with log_prob and sample, got 'nothing'"),
+        (lambda z, weight: torch.nn.Linear(2, 1), TypeError, "with log_prob and sample, got Linear"),
+        (lambda z, weight: _NotADensity(), ValueError, r"it scored with shape \(60, 2\)"),
+    ],
+)
+def test_a_base_that_is_no_density_raises(base, error, message):
+    with pytest.raises(error, match=message):
+        EBMFlowDensity(base=base, random_state=0).fit(np.random.default_rng(0).normal(size=(60, 2)))
