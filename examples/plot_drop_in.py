@@ -116,3 +116,4 @@ for ax, density in zip(axes, (GaussianMixture(n_components=2), EBMFlowDensity(ra
     ax.scatter(X[:, 0], X[:, 1], 0.8, color=BLACK)
     ax.set_title(type(density).__name__)
 fig.colorbar(contours, ax=axes, shrink=0.8, extend="both", label="negative log density (nats)")
+plt.show()

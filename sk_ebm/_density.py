@@ -57,7 +57,7 @@ class LowEffectiveSampleSizeWarning(UserWarning):
 
 
 class TrainingWarning(UserWarning):
-    """Training ended because something failed, with the best parameters so far."""
+    """Training was interrupted, or ended because something failed, with the best parameters so far."""
 
 
 class EBMFlowDensity(CallbackSupportMixin, DensityMixin, BaseEstimator):
@@ -73,17 +73,18 @@ class EBMFlowDensity(CallbackSupportMixin, DensityMixin, BaseEstimator):
     Parameters
     ----------
     base : {"auto", "gaussian", "student_t", "mixture", "flow"} or callable, default="auto"
-        Base density q_0. "auto" trains energies on a Gaussian and on the best of the others, and mixes the
-        results with the shares that make held-out rows most likely; a base of flows joins where one flow beats
-        both. A function ``(z, weight) -> torch.nn.Module`` fits a base of your own to whitened rows (n, n_features);
-        the module needs ``log_prob(z)`` and ``sample(n_samples, generator)``.
+        Base density q_0. "auto" trains energies on a Gaussian and, where another does better, on the best of the
+        others, and mixes the results with the shares that make held-out rows most likely; a base of flows joins
+        where one flow beats both. A function ``(z, weight) -> torch.nn.Module`` fits a base of your own to whitened
+        rows (n, n_features); the module needs ``log_prob(z)`` and ``sample(n_samples, generator)``.
     feature_map : {"auto", "standard", "marginal"}, default="auto"
         Map of the features before everything else: whitening, or normal scores of each feature and whitening.
         "auto" takes the normal scores where held-out rows become clearly more likely.
     bounds : array-like, default=None
         Bounds of the features: one (low, high) for all, or a list with one such pair per feature; None instead of a
         number, or of a pair, is no bound. The density is zero outside, `score_samples` -inf, and no draw lies there.
-        A row on a bound counts as half as far away from it as the nearest other training row.
+        Bounds are limits of the quantity, not the smallest and largest value seen. A row on a bound counts as half
+        as far away from it as the nearest other training row.
     energy : callable, default=None
         Function ``n_features -> torch.nn.Module`` that builds a network from (n, n_features) to (n,).
         None builds a multilayer perceptron. To pickle the estimator, use a named function or class.
@@ -151,19 +152,20 @@ class EBMFlowDensity(CallbackSupportMixin, DensityMixin, BaseEstimator):
         Whether training stopped because the held-out log-likelihood no longer improved, on every base kept.
     base_ : dict
         "name" of the base with the largest share, its "validation_log_likelihood" (nats per row), and "shares"
-        and "validation_log_likelihoods" of all bases tried.
+        and "validation_log_likelihoods" of all bases that energies were trained on.
     outcome_ : str
         How training ended, in one sentence.
     oob_log_density_ : ndarray of shape (n_samples,)
-        Log density (nats) of each training row under the energies that have not seen it, nan where all have:
-        free of most of the optimism of `score_samples` on training rows. The feature map has seen all rows, which
-        flatters by little but for normal scores of few rows.
+        Log density (nats) of each training row under the energies that have not seen it, one per base; nan where
+        all have, and for rows of weight zero. Free of most of the optimism of `score_samples` on training rows, and
+        a little below what the averaged energies reach. The feature map has seen all rows, which flatters by little
+        but for normal scores of few rows.
     density_ : torch.nn.Module
         Energies on their bases; ``density_.log_density`` maps z to unnormalised log densities.
     proposal_ : torch.nn.Module
         Mixture of the flows and the bases that draws for log Z and for `sample`.
     feature_map_ : torch.nn.Module
-        Fitted feature map.
+        Fitted feature map; its `margins` is None where features are only whitened.
     n_features_in_ : int
         Number of features seen by `fit`.
     feature_names_in_ : ndarray of shape (`n_features_in_`,)

@@ -88,11 +88,12 @@ class DensityDisplay:
         Parameters
         ----------
         estimator : fitted density
-            An EBMFlowDensity, or another density with `score_samples`, and `sample` for three features or more.
+            An EBMFlowDensity, or another density with `score_samples`, and `sample` for three features or more. Of a
+            pipeline pass the last step, with X as that step sees it.
         X : array-like of shape (n_samples, n_features)
             Rows to show, usually the training rows.
         features : list of int, default=None
-            Features of the corner plot where there are more than two; None takes the first six.
+            Columns of X in the corner plot, where X has more than two; None takes the first six.
         n_grid : int, default=200
             Grid points per feature of a curve or of contours.
         n_samples : int, default=5000
@@ -246,7 +247,7 @@ class TrainingDisplay:
         Parameters
         ----------
         estimator : EBMFlowDensity
-            Fitted estimator.
+            Fitted estimator; of a search its `best_estimator_`.
 
         Returns
         -------
