@@ -2,6 +2,7 @@
 
 import pickle
 import warnings
+from copy import copy
 
 import numpy as np
 import pytest
@@ -195,6 +196,18 @@ class TestDensityClassifier:
         )
         proportions = classifier.quantify(two_classes(300, 0.2, seed=2)[0])
         assert proportions[1] == pytest.approx(found.x[0], abs=1e-4)
+
+    def test_prior_count_is_so_many_rows_of_each_class(self, classifier):
+        X = np.random.default_rng(0).normal(-4, 1, (20, 2))
+        steadied = copy(classifier).set_params(prior_count=0.5)
+        found = steadied.estimate_proportions(X)
+        np.testing.assert_allclose(found.proportions, [20.5 / 21, 0.5 / 21], atol=1e-6)
+        # Of a known number of rows of each class, the error is that of a binomial share.
+        np.testing.assert_allclose(found.std_errors, np.sqrt(20.5 * 0.5 / 21**3), rtol=1e-3)
+
+    def test_prior_count_must_not_be_negative(self, classifier):
+        with pytest.raises(ValueError, match="prior_count must be a number of rows, 0 or more, got -1"):
+            copy(classifier).set_params(prior_count=-1).estimate_proportions(np.zeros((3, 2)))
 
     @pytest.mark.parametrize("share", [0.1, 0.5])
     def test_intervals_cover_the_true_proportion(self, classifier, share):
