@@ -510,12 +510,19 @@ class EBMFlowDensity(CallbackSupportMixin, DensityMixin, BaseEstimator):
 
     def _warn(self) -> None:
         fraction = self.effective_sample_size_
+        remedies = [
+            (self.n_estimators < 6 or self.max_iter < 120, "the default n_estimators and max_iter"),
+            (self.bounds is None, "bounds= where a feature has a limit"),
+            (self.n_features_in_ > 2, "fewer features (for instance by PCA)"),
+            (True, "another base than " + repr(self.base_["name"])),
+            (True, "a larger alpha, or more rows"),
+        ]
         if not fraction >= _TRUSTED_EFFECTIVE_SAMPLE_SIZE:
             warnings.warn(
                 f"The effective sample size of the proposals is {fraction:.2%} of their number, under "
                 f"{_TRUSTED_EFFECTIVE_SAMPLE_SIZE:.0%}: log Z, and with it every score, is uncertain by more than its "
-                f"standard error of {self.log_normalizer_std_error_:.2g} nats says. Try fewer features (for instance "
-                f"by PCA), base='mixture' or base='flow', a larger alpha, or more rows.",
+                f"standard error of {self.log_normalizer_std_error_:.2g} nats says. Try "
+                f"{', '.join(remedy for applies, remedy in remedies if applies)}.",
                 LowEffectiveSampleSizeWarning,
                 stacklevel=3,
             )

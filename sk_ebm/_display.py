@@ -173,7 +173,9 @@ class DensityDisplay:
         ax = self.ax_
         levels, masses = _levels_of_mass(self.density)
         mesh = self.axes[0], self.axes[1], self.density.T
-        filled = ax.contourf(*mesh, levels=[*levels, self.density.max() * (1 + 1e-9)], cmap="Blues")
+        # Evenly spaced colours: the density itself may fall by orders of magnitude from band to band.
+        colors = _pyplot().get_cmap("Blues")(np.linspace(0.15, 0.95, len(levels)))
+        filled = ax.contourf(*mesh, levels=[*levels, self.density.max() * (1 + 1e-9)], colors=colors)
         rows = _some(self.X)
         ax.scatter(rows[:, 0], rows[:, 1], s=4, color=_DATA, alpha=0.4, linewidths=0)
         ax.set(xlabel=self.feature_names[0], ylabel=self.feature_names[1])

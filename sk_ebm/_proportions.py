@@ -97,7 +97,7 @@ def class_proportions(
     if response_method not in ("auto", "predict_proba", "predict"):
         raise ValueError(f"response_method must be 'auto', 'predict_proba' or 'predict', got {response_method!r}.")
     X, weight = _weighted_rows(density, check_n_samples(n_samples, minimum=2), random_state)
-    classes, membership = _memberships(classifier, X, response_method)
+    classes, membership = _memberships(classifier, _as_seen_by(classifier, X, density), response_method)
     weight = weight / weight.sum()
     proportions = weight @ membership
     # The delta method for a ratio of means.
@@ -240,13 +240,15 @@ class DensityClassifier(ClassifierMixin, BaseEstimator):
     def score_samples_by_class(self, X: Any) -> np.ndarray:
         """Return the log density (nats) of each row under each class, shape (n_samples, n_classes)."""
         check_is_fitted(self)
-        X = validate_data(self, X, dtype=[np.float64, np.float32], reset=False)
+        return self._score_by_class(validate_data(self, X, dtype=[np.float64, np.float32], reset=False))
+
+    def _score_by_class(self, X: np.ndarray) -> np.ndarray:
         return np.column_stack([density.score_samples(X) for density in self.densities_])
 
     def _calibrated(self, X: Any) -> np.ndarray:
         """Return the calibrated log density of each row under each class, shape (n_samples, n_classes)."""
-        log_density = self.score_samples_by_class(X)
-        return self.calibration_(log_density, validate_data(self, X, dtype=np.float64, reset=False))
+        X = validate_data(self, X, dtype=[np.float64, np.float32], reset=False)
+        return self.calibration_(self._score_by_class(X), X.astype(np.float64, copy=False))
 
     def estimate_proportions(self, X: Any, sample_weight: Any = None) -> ClassProportions:
         """Estimate the class proportions of unlabelled rows by maximum likelihood, or with a `prior_count`.
@@ -334,7 +336,7 @@ class DensityClassifier(ClassifierMixin, BaseEstimator):
                 delayed(_held_out_log_density)(d, fitted, *part)
                 for d, fitted, part in zip(densities, self.densities_, parts, strict=True)
             )
-            log_density = self.score_samples_by_class(X)
+            log_density = self._score_by_class(X)
             for k, values in enumerate(own):
                 log_density[label == k, k] = values
             is_known = ~np.isnan(log_density).any(1) & np.isfinite(log_density).any(1)
@@ -428,7 +430,18 @@ def _weighted_rows(density: Any, n_samples: int, random_state: Any) -> tuple[np.
     return X, weight
 
 
-def _memberships(classifier: Any, X: np.ndarray, response_method: str) -> tuple[np.ndarray, np.ndarray]:
+def _as_seen_by(classifier: Any, X: np.ndarray, density: Any) -> Any:
+    """Return draws as a frame where both the density and the classifier were fitted to one."""
+    if not (hasattr(density, "feature_names_in_") and hasattr(classifier, "feature_names_in_")):
+        return X
+    try:
+        from pandas import DataFrame
+    except ImportError:  # The frames were of another kind.
+        return X
+    return DataFrame(X, columns=density.feature_names_in_)
+
+
+def _memberships(classifier: Any, X: Any, response_method: str) -> tuple[np.ndarray, np.ndarray]:
     """Return the classes and the membership of each row in each, shape (n, n_classes)."""
     if isinstance(classifier, BaseEstimator):
         check_is_fitted(classifier)
@@ -436,6 +449,11 @@ def _memberships(classifier: Any, X: np.ndarray, response_method: str) -> tuple[
         return np.asarray(classifier.classes_), np.asarray(classifier.predict_proba(X))
     if response_method == "predict_proba":
         raise ValueError(f"{classifier!r} has no predict_proba; use response_method='predict'.")
+    if not hasattr(classifier, "predict") and not callable(classifier):
+        raise TypeError(
+            "classifier must be a fitted classifier, or a function from an array of rows to labels, got "
+            f"{classifier!r}."
+        )
     labels = np.asarray(classifier.predict(X) if hasattr(classifier, "predict") else classifier(X))
     if labels.shape != (len(X),):
         raise ValueError(

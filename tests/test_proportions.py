@@ -5,10 +5,12 @@ import warnings
 from copy import copy
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import stats
 from scipy.optimize import minimize
 from sklearn.base import clone
+from sklearn.compose import ColumnTransformer
 from sklearn.datasets import load_iris
 from sklearn.exceptions import NotFittedError
 from sklearn.linear_model import LogisticRegression
@@ -144,6 +146,18 @@ class TestClassProportions:
         with pytest.warns(ProportionsWarning, match="5000 draws are worth"):
             class_proportions(Narrow(), lambda X: X[:, 0] > 0, n_samples=5000, random_state=0)
 
+    def test_frames_reach_the_classifier_as_frames(self):
+        X, y = two_classes(200, 0.3, shift=5.0)
+        frame = pd.DataFrame(X, columns=["left", "up"])
+        scaled = ColumnTransformer([("scaled", StandardScaler(), ["up", "left"])])
+        classifier = make_pipeline(scaled, LogisticRegression()).fit(frame, y)
+        found = class_proportions(quick().fit(frame), classifier, random_state=0)
+        assert found.proportions[1] == pytest.approx(0.3, abs=0.1)
+
+    def test_what_is_no_classifier_is_shown(self, fitted):
+        with pytest.raises(TypeError, match=r"a function from an array of rows to labels, got array\(\[0, 1\]\)"):
+            class_proportions(fitted, np.array([0, 1]))
+
     def test_wrong_input_is_named(self, fitted):
         with pytest.raises(NotFittedError):
             class_proportions(fitted, LogisticRegression())
@@ -196,6 +210,12 @@ class TestDensityClassifier:
         )
         proportions = classifier.quantify(two_classes(300, 0.2, seed=2)[0])
         assert proportions[1] == pytest.approx(found.x[0], abs=1e-4)
+
+    def test_frames_are_taken_without_a_word(self):
+        X, y = two_classes(100, 0.5)
+        frame = pd.DataFrame(X, columns=["left", "up"])
+        classifier = DensityClassifier(Normal()).fit(frame, y)
+        np.testing.assert_array_equal(classifier.predict(frame), DensityClassifier(Normal()).fit(X, y).predict(X))
 
     def test_prior_count_is_so_many_rows_of_each_class(self, classifier):
         X = np.random.default_rng(0).normal(-4, 1, (20, 2))
