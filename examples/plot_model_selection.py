@@ -35,7 +35,8 @@ def mean_log_likelihood(density, X, y=None):
 
 
 # %%
-# What the defaults reach, by cross-validation. To keep the example short, fewer and smaller energies than by default.
+# What it reaches as it is, by cross-validation. To keep the example short, there are fewer iterations than by default,
+# and fewer energies: two are too few for real work, where they may run away from their sampler.
 
 density = EBMFlowDensity(n_estimators=2, max_iter=20, random_state=0)
 scores = cross_val_score(density, X, scoring=mean_log_likelihood, cv=3, n_jobs=2)
