@@ -27,7 +27,7 @@ import quapy
 import sklearn
 import torch
 from quapy.method.aggregative import EMQ, KDEyML
-from sklearn.datasets import load_breast_cancer, load_digits, load_iris, load_wine
+from sklearn.datasets import load_breast_cancer, load_digits
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import train_test_split
@@ -62,7 +62,7 @@ def tables(folder: Path | None) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
 
 def all_tables(folder: Path | None) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     """Yield the name, features and labels of each labelled table."""
-    for load in (load_breast_cancer, load_digits, load_iris, load_wine):
+    for load in (load_breast_cancer, load_digits):
         yield load.__name__.removeprefix("load_"), *load(return_X_y=True)
     for path in sorted(folder.glob("*.npz")) if folder else ():
         with np.load(path) as table:

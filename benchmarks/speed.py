@@ -2,7 +2,7 @@
 
 Run ``python benchmarks/speed.py``, on a machine that does nothing else; ``--parts scoring`` and ``--parts fitting`` run
 one half. Every density is fitted with its defaults, and the peers are tuned as in the accuracy benchmark, except that
-KernelDensity keeps scikit-learn's default tree, which is the fastest. Only ratios mean something on another machine.
+KernelDensity keeps scikit-learn's default tree, as a user would. Only ratios mean something on another machine.
 """
 
 import argparse
