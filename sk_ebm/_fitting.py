@@ -12,8 +12,10 @@ import torch
 from torch import nn
 
 from sk_ebm._bounds import BoundsMap
+from sk_ebm._flow import CouplingFlow
 from sk_ebm._folds import Folds
 from sk_ebm._log_normalizer import LogNormalizer, estimate_log_normalizer
+from sk_ebm._mixture import fit_gaussian
 from sk_ebm._model import StackedDensity, TiltedEnsemble
 from sk_ebm._sampler import (
     LogDensity,
@@ -44,6 +46,7 @@ _KINDS: dict[str, tuple[str, ...]] = {
     "flow": ("gaussian",),
 }
 _STACKING_DRAWS = 20_000
+_SCALES = (1.0, 0.75, 0.5, 0.25, 0.0)
 _CHUNK = 8192
 _MIN_DRAWS = 2 * _CHUNK
 _MAX_DRAWS = 32 * _CHUNK
@@ -58,7 +61,7 @@ class FitSettings:
     feature_map: str
     bounds: BoundsMap | None
     make_energies: Callable[[int, int], nn.Module]
-    make_flow: Callable[[int], Density]
+    make_flow: Callable[[int], CouplingFlow]
     device: torch.device
     train: TrainSettings
 
@@ -126,8 +129,7 @@ def fit_model(
         trained = trainer.train_on(previous.candidates)
     candidates = [candidate for candidate in trained if candidate.result.outcome is not Outcome.LEFT_BEHIND]
     held_out, effective_sample_size = trainer.held_out_log_prob(candidates)
-    # Only one proposal in C was drawn for a candidate.
-    is_covered = effective_sample_size >= settings.train.min_effective_sample_size / len(candidates)
+    is_covered = effective_sample_size >= trainer.min_effective_sample_size(candidates)
     shares = stacking_shares(held_out[:, :MAX_JUDGED_ROWS], data.weight[:MAX_JUDGED_ROWS], is_covered)
     share_of = {c.name: 0.0 for c in trained} | {c.name: share for c, share in zip(candidates, shares, strict=True)}
     fitted = _assemble(feature_map, trained, share_of, log_det, generator, std_error)
@@ -272,9 +274,13 @@ class _Trainer:
         )
         return Candidate(name, result.model, result.flow, result)
 
+    def min_effective_sample_size(self, candidates: list[Candidate]) -> float:
+        """Return the fraction that counts as covered where only one proposal in C was drawn for a candidate."""
+        return self.settings.train.min_effective_sample_size / len(candidates)
+
     @torch.no_grad()
     def held_out_log_prob(self, candidates: list[Candidate]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return each row's log density (nats, in z-space) under each candidate's member that never saw it.
+        """Temper each candidate, and return each row's log density (nats, in z-space) under the member new to it.
 
         The result has shape (C, n), in float64 on the CPU; it is nan for rows that every member has seen. With it
         comes the smallest effective sample size (a fraction) behind the normalizers of each candidate, shape (C,).
@@ -285,7 +291,8 @@ class _Trainer:
         rows_of_member = [(self.data.fold == k).nonzero().squeeze(-1) for k in range(self.data.n_members)]
         padded = nn.utils.rnn.pad_sequence(rows_of_member, batch_first=True)
         for c, candidate in enumerate(candidates):
-            normalizers = self._member_log_normalizers(candidate.model, pool)
+            self._temper(candidate.model, pool, self.min_effective_sample_size(candidates))
+            normalizers = _member_log_normalizers(candidate.model, pool)
             effective_sample_size[c] = min(normalizer.effective_sample_size for normalizer in normalizers)
             log_normalizer = torch.tensor([normalizer.value for normalizer in normalizers])
             log_density = [candidate.model.log_density(self.data.rows[i]) for i in padded.split(_CHUNK, dim=1)]
@@ -294,10 +301,19 @@ class _Trainer:
                 held_out[c, rows.cpu()] = log_prob[k, : len(rows)]
         return held_out, effective_sample_size
 
-    def _member_log_normalizers(self, model: TiltedEnsemble, pool: Pool) -> list[LogNormalizer]:
-        """Estimate log Z (nats) of every member."""
-        weights = torch.cat([pool_log_weight(model, part) for part in pool.split(_CHUNK)], dim=-1)
-        return [estimate_log_normalizer(weight, pool.controls) for weight in weights]
+    def _temper(self, model: TiltedEnsemble, pool: Pool, min_effective_sample_size: float) -> None:
+        """Scale the energies down if that makes held-out rows clearly more likely, or lets the proposals cover them."""
+        best_scale, best_score = 1.0, -math.inf
+        for scale in _SCALES:
+            model.scale.fill_(scale)
+            normalizers = _member_log_normalizers(model, pool)
+            if min(normalizer.effective_sample_size for normalizer in normalizers) < min_effective_sample_size:
+                continue
+            log_normalizer = torch.tensor([normalizer.value for normalizer in normalizers]).to(self.judged.rows)
+            score = self.judged.held_out_mean(model.log_density(self.judged.rows) - log_normalizer.unsqueeze(-1))
+            if score > best_score + self.settings.train.tol:
+                best_scale, best_score = scale, score
+        model.scale.fill_(best_scale)
 
     def _start(self, name: str, bases: list[Density], flow: Density, rival_score: float = -math.inf) -> Candidate:
         with seeded_modules(self.generator):
@@ -305,27 +321,28 @@ class _Trainer:
         _check_energies(energies, self.data.rows[:2].cpu())
         return self.train(name, TiltedEnsemble(bases, energies), flow, rival_score)
 
-    def _make_flow(self) -> Density:
+    def _make_flow(self) -> CouplingFlow:
         with seeded_modules(self.generator):
             return self.settings.make_flow(self.data.rows.shape[1]).to(self.settings.device)
 
     def _in_user_units(self, check: dict[str, float]) -> dict[str, float]:
         return {k: v + self.log_det if k.endswith("log_likelihood") else v for k, v in check.items()}
 
-    def _flow_bases(self, flow: Density) -> list[Density]:
+    def _flow_bases(self, flow: CouplingFlow) -> list[Density]:
         """Fit one flow per member; the flow that proposes is already one that has not seen fold 0."""
-        flows = [flow]
+        flows = [flow, *(self._make_flow() for _ in range(1, self.data.n_members))]
         for k in range(1, self.data.n_members):
-            flows.append(self._make_flow())
             self._fit_flow(flows[k], k)
-        return flows
+        return list(flows)
 
-    def _fit_flow(self, flow: Density, held_out_fold: int) -> float:
+    def _fit_flow(self, flow: CouplingFlow, held_out_fold: int) -> float:
         is_held_out = self.data.fold == held_out_fold
+        weight = self.data.weight * ~is_held_out
+        flow.start_at(fit_gaussian(self.data.rows, weight))
         return fit_flow(
             flow,
             self.data.rows,
-            self.data.weight * ~is_held_out,
+            weight,
             self.data.weight * is_held_out,
             max_steps=min(_FLOW_STEPS, self.settings.train.max_iter * self.settings.train.steps_per_iter),
             batch_size=self.settings.train.batch_size,
@@ -390,16 +407,24 @@ def _joint_proposal(candidates: list[Candidate]) -> MixtureProposal:
 def _stack(
     candidates: list[Candidate], shares: list[float], proposal: MixtureProposal, generator: torch.Generator
 ) -> StackedDensity:
-    """Mix the ensembles of the candidates; with one there is nothing to normalise apart."""
+    """Pool the members of each candidate, then mix the pools."""
     ensembles = [candidate.model for candidate in candidates]
     log_shares = torch.tensor(shares, dtype=torch.float64).log()
-    if len(ensembles) > 1:
-        # Common draws: their noise mostly cancels between the ensembles, and the final log Z covers the rest.
-        pool = draw_pool(proposal, _STACKING_DRAWS, generator)
-        log_weights = [log_weight(ensemble.pooled_log_density, pool) for ensemble in ensembles]
-        normalizers = [estimate_log_normalizer(weight, pool.controls).value for weight in log_weights]
-        log_shares = log_shares - torch.tensor(normalizers, dtype=torch.float64)
+    # Common draws: their noise mostly cancels between members and ensembles, and the final log Z covers the rest.
+    pool = draw_pool(proposal, _STACKING_DRAWS, generator)
+    for c, ensemble in enumerate(ensembles):
+        ensemble.log_normalizers = torch.tensor(
+            [estimate.value for estimate in _member_log_normalizers(ensemble, pool)]
+        )
+        weight = log_weight(ensemble.pooled_log_density, pool)
+        log_shares[c] -= estimate_log_normalizer(weight, pool.controls).value
     return StackedDensity(ensembles, log_shares)
+
+
+def _member_log_normalizers(model: TiltedEnsemble, pool: Pool) -> list[LogNormalizer]:
+    """Estimate log Z (nats) of every member."""
+    weights = torch.cat([pool_log_weight(model, part) for part in pool.split(_CHUNK)], dim=-1)
+    return [estimate_log_normalizer(weight, pool.controls) for weight in weights]
 
 
 def _to_float64(candidates: list[Candidate]) -> list[Candidate]:

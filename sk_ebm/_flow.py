@@ -12,6 +12,7 @@ from normflows.nets import MLP
 from normflows.utils.splines import DEFAULT_MIN_DERIVATIVE
 from torch import nn
 
+from sk_ebm._mixture import Mixture
 from sk_ebm._types import Density, ModuleList
 
 _N_BINS = 8
@@ -21,7 +22,10 @@ _IDENTITY_DERIVATIVE = math.log(math.exp(1 - DEFAULT_MIN_DERIVATIVE) - 1)
 
 
 class CouplingFlow(Density):
-    """Coupling flow on a standard normal, starting at the identity.
+    """Coupling flow of whitened rows, starting at the identity: until it is trained it is a Gaussian.
+
+    Which Gaussian is its own to say (`start_at`), not that of the coordinates it works in: those were whitened by all
+    rows, and a flow that is judged on held-out rows must not know their covariance.
 
     Parameters
     ----------
@@ -31,14 +35,26 @@ class CouplingFlow(Density):
         Layers of normflows; `inverse` maps data towards noise and `forward` maps noise towards data.
     """
 
+    mean: torch.Tensor
+    scale_tril: torch.Tensor
+    whitener: torch.Tensor
+
     def __init__(self, n_features: int, layers: Sequence[Any]) -> None:
         super().__init__()
         self.n_features = n_features
         self.layers = ModuleList(layers)
+        self.register_buffer("mean", torch.zeros(n_features))
+        self.register_buffer("scale_tril", torch.eye(n_features))
+        self.register_buffer("whitener", torch.eye(n_features))
+
+    def start_at(self, gaussian: Mixture) -> None:
+        """Take the Gaussian that whitens the rows."""
+        self.mean, self.scale_tril, self.whitener = gaussian.means[0], gaussian.scale_trils[0], gaussian.whiteners[0]
 
     def log_prob(self, z: torch.Tensor) -> torch.Tensor:
         """Return the normalised log density (nats) of each row, shape (n,)."""
-        log_det = z.new_zeros(len(z))
+        z = (z - self.mean) @ self.whitener.T
+        log_det = self.whitener.diagonal().log().sum().expand(len(z))
         for layer in reversed(self.layers):
             z, log_det_layer = _call(layer, "inverse", z)
             log_det = log_det + log_det_layer
@@ -52,7 +68,8 @@ class CouplingFlow(Density):
         for layer in self.layers:
             z, log_det_layer = _call(layer, "forward", z)
             log_prob = log_prob - log_det_layer
-        return z, log_prob
+        log_prob = log_prob + self.whitener.diagonal().log().sum()
+        return self.mean + z @ self.scale_tril.T, log_prob
 
     def sample(self, n_samples: int, generator: torch.Generator) -> torch.Tensor:
         """Draw `n_samples` rows."""

@@ -13,9 +13,11 @@ from sk_ebm._types import Density, ModuleList
 class TiltedEnsemble(nn.Module):
     """K energy-based densities on one kind of base, and their pool.
 
-    Member k is ``log p_k(z) = -E_k(z) + log q0_k(z) - log Z_k``. The pool averages the energies and mixes the
-    bases, ``log p(z) = -mean_k E_k(z) + log mean_k q0_k(z) - log Z``: again an energy-based density. Averaging
-    energies cancels their errors; averaging log q0_k instead of mixing would thin out modes where bases differ.
+    Member k is ``log p_k(z) = -E_k(z) + log q0_k(z) - log Z_k``. The pool mixes the bases and averages the energies,
+    ``log p(z) = log mean_k q0_k(z) - sum_k r_k(z) (E_k(z) + log Z_k) - log Z``, again an energy-based density.
+    Averaging cancels errors of the energies; r_k is base k's share of the mixed bases at z, because an energy says
+    nothing where its base has no mass. By Jensen's inequality the pool, before division by Z, is nowhere above the
+    mixture of the members: where they propose well, they propose well for the pool.
 
     Every energy sees z pulled into a ball, so it is bounded and the model integrates on any base,
     however heavy its tails.
@@ -28,10 +30,16 @@ class TiltedEnsemble(nn.Module):
         K networks at once, from rows (n, d) or (K, m, d) to energies (K, n) or (K, m).
     """
 
+    scale: torch.Tensor
+    log_normalizers: torch.Tensor
+
     def __init__(self, bases: Sequence[Density], energies: nn.Module) -> None:
         super().__init__()
         self.bases = ModuleList(bases).requires_grad_(False)
         self.energies = energies
+        # A temperature: less than one where the networks promise more than held-out rows keep.
+        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("log_normalizers", torch.zeros(len(bases)))
         # A user's energy may hold parameters that are not to be trained.
         self._is_trained = [parameter.requires_grad for parameter in energies.parameters()]
 
@@ -43,7 +51,7 @@ class TiltedEnsemble(nn.Module):
 
         The result has shape (K, n) or (K, m).
         """
-        return self.energies(_into_ball(z))
+        return self.scale * self.energies(_into_ball(z))
 
     def base_log_prob(self, z: torch.Tensor) -> torch.Tensor:
         """Return every member's base log density (nats), shaped as by `energy`."""
@@ -55,9 +63,16 @@ class TiltedEnsemble(nn.Module):
         return self.base_log_prob(z) - self.energy(z)
 
     def pooled_log_density(self, z: torch.Tensor) -> torch.Tensor:
-        """Return the pooled log density (nats), unnormalised, at rows z (n, d); shape (n,)."""
-        log_base = self.base_log_prob(z).logsumexp(0) - math.log(len(self))
-        return log_base - self.energy(z).mean(0)
+        """Return the pooled log density (nats), unnormalised, at rows z (n, d); shape (n,).
+
+        It takes `log_normalizers`, each member's log Z_k (nats), shape (K,), for known.
+        """
+        log_base = self.base_log_prob(z)
+        energy = self.energy(z) + self.log_normalizers.unsqueeze(-1)
+        # A base without mass at z has no say, even if its energy is infinite there.
+        share = log_base.softmax(0).nan_to_num(nan=0.0)
+        tilt = torch.where(share > 0, share * energy, 0.0).sum(0)
+        return log_base.logsumexp(0) - math.log(len(self)) - tilt
 
     def frozen_copy(self) -> "TiltedEnsemble":
         """Return a copy, on the same bases, whose energies no longer train."""
@@ -66,7 +81,8 @@ class TiltedEnsemble(nn.Module):
         return frozen
 
     def thaw(self) -> None:
-        """Let the energies train again, but for those parameters that were not trained from the start."""
+        """Let the energies train again, unscaled, but for those parameters that were not trained from the start."""
+        self.scale.fill_(1.0)
         for parameter, is_trained in zip(self.energies.parameters(), self._is_trained, strict=True):
             parameter.requires_grad_(is_trained)
 

@@ -285,9 +285,24 @@ class BreakingEnergy(nn.Module):
         return self.layer(z).squeeze(-1) * (float("nan") if self.n_calls > 40 else 1)
 
 
-def test_low_effective_sample_size_warns_with_the_remedy():
+def test_low_effective_sample_size_warns_with_the_remedy(monkeypatch):
+    # Energies so steep are scaled down otherwise.
+    monkeypatch.setattr("sk_ebm._fitting._SCALES", (1.0,))
     with pytest.warns(LowEffectiveSampleSizeWarning, match="effective sample size.*Try"):
         quick(energy=SteepEnergy, max_iter=1).fit(two_clusters(60, 10))
+
+
+def test_energies_too_steep_for_the_proposals_are_scaled_down():
+    model = quick(energy=SteepEnergy, max_iter=1).fit(two_clusters(60, 10))
+    assert model.effective_sample_size_ > 0.02
+    assert all(float(ensemble.scale) < 1 for ensemble in model.density_.ensembles)
+
+
+def test_held_out_rows_do_not_flatter_a_base_of_flows():
+    # The coordinates in which flows work are whitened by all rows, which tells much about 30 features of 90 rows.
+    X = np.random.default_rng(0).normal(size=(1090, 30))
+    model = quick(base="flow").fit(X[:90])
+    assert model.base_["validation_log_likelihood"] < model.score_samples(X[90:]).mean() + 1
 
 
 def test_healthy_fit_does_not_warn():

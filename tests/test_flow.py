@@ -8,6 +8,7 @@ import torch
 from helpers import global_rng_untouched, integral, normal, seeded
 
 from sk_ebm._flow import make_flow
+from sk_ebm._mixture import fit_gaussian
 
 DTYPES = [torch.float32, torch.float64]
 # One feature has no coupling: there, both kinds are the same elementwise spline.
@@ -51,6 +52,16 @@ class TestFlow:
         z = 3 * normal(500, n_features).to(dtype)
         log_prob = build(kind, n_features, dtype, noise=0).log_prob(z)
         torch.testing.assert_close(log_prob, standard_normal_log_prob(z), rtol=tolerance, atol=tolerance)
+
+    def test_flow_starts_at_the_gaussian_that_it_is_given(self, kind, n_features):
+        z = 0.5 + normal(200, n_features) @ (torch.eye(n_features) + 0.3).double()
+        gaussian = fit_gaussian(z, torch.ones(200, dtype=torch.float64))
+        untrained, flow = build(kind, n_features, noise=0), build(kind, n_features)
+        untrained.start_at(gaussian)
+        torch.testing.assert_close(untrained.log_prob(z), gaussian.log_prob(z), rtol=1e-5, atol=1e-5)
+        flow.start_at(gaussian)
+        draws, log_prob = flow.sample_and_log_prob(100, seeded())
+        torch.testing.assert_close(flow.log_prob(draws), log_prob, rtol=1e-6, atol=1e-6)
 
     def test_perturbed_flow_is_another_density(self, kind, n_features):
         z = normal(500, n_features)

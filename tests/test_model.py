@@ -37,8 +37,29 @@ def test_members_see_shared_rows_or_their_own():
 
 def test_pool_averages_energies_and_mixes_bases():
     model, z = ensemble(3)
-    base = torch.stack([base.log_prob(z).exp() for base in model.bases]).mean(0).log()
-    torch.testing.assert_close(model.pooled_log_density(z), base - model.energy(z).mean(0))
+    model.bases = torch.nn.ModuleList([model.bases[0]] * 3)
+    model.log_normalizers = torch.tensor([0.1, -0.5, 0.7], dtype=torch.float64)
+    torch.testing.assert_close(model.pooled_log_density(z), model.bases[0].log_prob(z) - model.energy(z).mean(0) - 0.1)
+
+
+def test_pool_is_nowhere_above_the_mixture_of_the_members():
+    model, z = ensemble(3)
+    model.log_normalizers = torch.tensor([0.1, -0.5, 0.7], dtype=torch.float64)
+    members = model.log_density(z) - model.log_normalizers.unsqueeze(-1)
+    mixture = members.logsumexp(0) - math.log(3)
+    assert (model.pooled_log_density(z) <= mixture + 1e-12).all()
+    assert (model.pooled_log_density(z) < mixture - 0.1).any()
+
+
+def test_a_member_without_mass_has_no_say_in_the_pool():
+    model, z = ensemble(2)
+    expected = model.log_density(z)[0] - math.log(2)
+    without_mass = model.bases[1]
+    without_mass.log_prob = lambda z: torch.full((len(z),), -math.inf, dtype=z.dtype)
+    model.energies.biases[-1].data[1] = math.inf
+    torch.testing.assert_close(model.pooled_log_density(z), expected)
+    model.bases[0].log_prob = without_mass.log_prob
+    assert model.pooled_log_density(z).isneginf().all()
 
 
 def test_stack_is_the_mixture():
