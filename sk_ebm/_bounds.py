@@ -1,7 +1,7 @@
 """Bounds of features: a bijection from bounded features to the real line, with its log-Jacobian."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -76,12 +76,12 @@ class BoundsMap(nn.Module):
 
 
 def make_bounds(bounds: Any, rows: torch.Tensor, names: Sequence[Any] | None = None) -> BoundsMap:
-    """Build the map from what the user wrote: one (low, high) for all features, or a list with one per feature.
+    """Build the map from what the user wrote: one (low, high) for all features, a list with one per feature, or a dict.
 
     Parameters
     ----------
-    bounds : array-like
-        Pairs of numbers or None.
+    bounds : array-like or dict
+        Pairs of numbers or None; a dict has them by name, and features that it does not name have none.
     rows : tensor of shape (n, d)
         Training rows.
     names : sequence of d str or int, default=None
@@ -90,8 +90,8 @@ def make_bounds(bounds: Any, rows: torch.Tensor, names: Sequence[Any] | None = N
     Raises
     ------
     ValueError
-        If there are not as many pairs as features, a pair is no pair of increasing numbers or None, or a row lies
-        outside.
+        If there are not as many pairs as features, or pairs of unknown features, a pair is no pair of increasing
+        numbers or None, or a row lies outside.
     """
     rows = rows.double()
     names = range(rows.shape[1]) if names is None else names
@@ -114,6 +114,13 @@ def _clearance(distance: torch.Tensor) -> torch.Tensor:
 
 
 def _pairs(bounds: Any, names: Sequence[Any]) -> list[tuple[float, float]]:
+    if isinstance(bounds, Mapping):
+        unknown = [name for name in bounds if name not in names]
+        if unknown:
+            raise ValueError(
+                f"bounds has no such feature: {unknown[0]!r}. The features are {', '.join(map(repr, names))}."
+            )
+        bounds = [bounds.get(name) for name in names]
     pairs, n_features = list(bounds), len(names)
     # (0, None) is one pair; [None, None] says the same of two features or of all.
     if len(pairs) == 2 and all(np.ndim(bound) == 0 for bound in pairs):

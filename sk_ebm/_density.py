@@ -1,5 +1,6 @@
 """EBMFlowDensity: the one file that knows scikit-learn, and the border between numpy and torch."""
 
+import copy
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -80,9 +81,10 @@ class EBMFlowDensity(CallbackSupportMixin, DensityMixin, BaseEstimator):
     feature_map : {"auto", "standard", "marginal"}, default="auto"
         Map of the features before everything else: whitening, or normal scores of each feature and whitening.
         "auto" takes the normal scores where held-out rows become clearly more likely.
-    bounds : array-like, default=None
-        Bounds of the features: one (low, high) for all, or a list with one such pair per feature; None instead of a
-        number, or of a pair, is no bound. The density is zero outside, `score_samples` -inf, and no draw lies there.
+    bounds : array-like or dict, default=None
+        Bounds of the features: one (low, high) for all, a list with one such pair per feature, or a dict of such pairs
+        by the name of the column (or its number, where it has no name); None instead of a number, or of a pair, is no
+        bound. The density is zero outside, `score_samples` -inf, and no draw lies there.
         Bounds are limits of the quantity, not the smallest and largest value seen. A row on a bound counts as half
         as far away from it as the nearest other training row.
     energy : callable, default=None
@@ -151,8 +153,9 @@ class EBMFlowDensity(CallbackSupportMixin, DensityMixin, BaseEstimator):
     converged_ : bool
         Whether training stopped because the held-out log-likelihood no longer improved, on every base kept.
     base_ : dict
-        "name" of the base with the largest share, its "validation_log_likelihood" (nats per row), and "shares"
-        and "validation_log_likelihoods" of all bases that energies were trained on.
+        "name" of the base with the largest share, its "validation_log_likelihood" (nats per row), "shares" and
+        "validation_log_likelihoods" of all bases that energies were trained on, and the "scales" that the energies of
+        those with a share are multiplied by: less than one where held-out rows or the proposals asked for it.
     outcome_ : str
         How training ended, in one sentence.
     oob_log_density_ : ndarray of shape (n_samples,)
@@ -199,7 +202,7 @@ class EBMFlowDensity(CallbackSupportMixin, DensityMixin, BaseEstimator):
     _parameter_constraints: dict[str, list[Any]] = {
         "base": [StrOptions({"auto", "gaussian", "student_t", "mixture", "flow"}), callable],
         "feature_map": [StrOptions({"auto", "standard", "marginal"})],
-        "bounds": ["array-like", None],
+        "bounds": ["array-like", dict, None],
         "energy": [callable, None],
         "hidden_layer_sizes": [StrOptions({"auto"}), "array-like"],
         "n_estimators": [Interval(Integral, 1, None, closed="left")],
@@ -455,7 +458,8 @@ class EBMFlowDensity(CallbackSupportMixin, DensityMixin, BaseEstimator):
         model_parameters = {name: getattr(self, name) for name in _MODEL_PARAMETERS}
         if self.bounds is not None:
             # A copy that compares as a whole, whatever kind of array it is.
-            model_parameters["bounds"] = np.array(self.bounds, dtype=object).tolist()
+            bounds = self.bounds if isinstance(self.bounds, dict) else np.array(self.bounds, dtype=object).tolist()
+            model_parameters["bounds"] = copy.deepcopy(bounds)
         previous: FittedModel | None = getattr(self, "_fitted", None) if self.warm_start else None
         if previous is not None:
             changed = [name for name in _MODEL_PARAMETERS if model_parameters[name] != self._model_parameters[name]]
@@ -569,6 +573,7 @@ def _fitted_attributes(fitted: FittedModel, history: list[dict[str, Any]]) -> di
             "validation_log_likelihood": fitted.scores[name],
             "shares": fitted.shares,
             "validation_log_likelihoods": fitted.scores,
+            "scales": {candidate.name: float(candidate.model.scale) for candidate in fitted.candidates},
         },
         "acceptance_rate_": next(c.result.acceptance_rate for c in fitted.candidates if c.name == name),
     }
@@ -653,5 +658,6 @@ def _resolve_device(device: str) -> torch.device:
         resolved = torch.device(device)
         torch.empty(1, device=resolved)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device={device!r} cannot be used here ({error}). Use 'auto' or 'cpu'.") from error
+        usable = "'auto', 'cpu' or 'cuda'" if torch.cuda.is_available() else "'auto' or 'cpu'"
+        raise ValueError(f"device={device!r} cannot be used here. Try {usable}.") from error
     return resolved

@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -119,10 +120,27 @@ def test_two_bounds_and_a_free_feature_in_one_fit():
         model.set_params(warm_start=True, bounds=None).fit(X)
 
 
+def test_bounds_by_name():
+    X = pd.DataFrame(np.random.default_rng(0).exponential(size=(60, 2)), columns=["age", "income"])
+    model = quick(bounds={"income": (0, None)}).fit(X)
+    density = model.score_samples(pd.DataFrame({"age": [-0.1, 1.0], "income": [1.0, -0.1]}))
+    assert np.isfinite(density[0])
+    assert density[1] == -np.inf
+    with pytest.raises(ValueError, match="no such feature: 'incom'. The features are 'age', 'income'"):
+        quick(bounds={"incom": (0, None)}).fit(X)
+    by_number = quick(bounds={1: (0, None)}).fit(X.to_numpy())
+    np.testing.assert_array_equal(by_number.score_samples(X.to_numpy()), model.score_samples(X))
+
+
 def test_warm_start_takes_bounds_of_any_kind():
     X = np.random.default_rng(0).uniform(size=(60, 2))
     model = quick(bounds=np.array([[0, 1], [0, 1]]), warm_start=True).fit(X).fit(X)
     model.set_params(bounds=[[0, 1], [0, 1]]).fit(X)
+    by_number = {0: (0, 1)}
+    model = quick(bounds=by_number, warm_start=True).fit(X).fit(X)
+    by_number[1] = (0, 1)
+    with pytest.raises(ValueError, match="bounds changed"):
+        model.fit(X)
 
 
 def test_rows_on_the_bound_do_not_break_the_normalisation():
