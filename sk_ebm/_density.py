@@ -374,7 +374,7 @@ class EBMFlowDensity(CallbackSupportMixin, DensityMixin, BaseEstimator):
         """
         check_is_fitted(self)
         n_samples, generator = check_n_samples(n_samples), _generator(random_state)
-        z = draw_from_density(self.density_.log_density, self.proposal_, n_samples, generator)
+        z = draw_from_density(self.density_, self.proposal_, n_samples, generator)
         return torch.cat([self.feature_map_.inverse(part) for part in z.split(_SCORE_CHUNK)]).numpy()
 
     def importance_sample(self, n_samples: int = 1000, random_state: Any = None) -> tuple[np.ndarray, np.ndarray]:
@@ -405,7 +405,7 @@ class EBMFlowDensity(CallbackSupportMixin, DensityMixin, BaseEstimator):
             rows = slice(start, start + _SCORE_CHUNK)
             pool = draw_pool(self.proposal_, len(weight[rows]), generator)
             X[rows] = self.feature_map_.inverse(pool.position).numpy()
-            weight[rows] = (log_weight(self.density_.log_density, pool) - self.log_normalizer_).exp().numpy()
+            weight[rows] = (log_weight(self.density_, pool) - self.log_normalizer_).exp().numpy()
         return X, weight
 
     @with_callbacks

@@ -18,7 +18,6 @@ from sk_ebm._log_normalizer import LogNormalizer, estimate_log_normalizer
 from sk_ebm._mixture import fit_gaussian
 from sk_ebm._model import StackedDensity, TiltedEnsemble
 from sk_ebm._sampler import (
-    LogDensity,
     MixtureProposal,
     Pool,
     defensive_proposal,
@@ -149,7 +148,7 @@ def _assemble(
     kept = _to_float64([candidate for candidate in candidates if share_of[candidate.name] > 0])
     proposal = _joint_proposal(kept)
     model = _stack(kept, [share_of[candidate.name] for candidate in kept], proposal, generator)
-    normalizer = estimate_log_normalizer_of(model.log_density, proposal, generator, std_error=std_error)
+    normalizer = estimate_log_normalizer_of(model, proposal, generator, std_error=std_error)
     scores = {candidate.name: candidate.result.held_out_log_likelihood + log_det for candidate in candidates}
     endings = {candidate.name: (candidate.result.outcome, candidate.result.n_iter) for candidate in candidates}
     return FittedModel(feature_map, kept, share_of, scores, endings, model, proposal, normalizer)
@@ -157,14 +156,14 @@ def _assemble(
 
 @torch.no_grad()
 def estimate_log_normalizer_of(
-    log_density: LogDensity, proposal: MixtureProposal, generator: torch.Generator, *, std_error: float
+    density: StackedDensity, proposal: MixtureProposal, generator: torch.Generator, *, std_error: float
 ) -> LogNormalizer:
     """Estimate log Z by importance sampling, with as many draws as `std_error` (nats) asks for, up to a limit."""
     log_weights: list[torch.Tensor] = []
     controls: list[torch.Tensor] = []
     for n_draws in range(_CHUNK, _MAX_DRAWS + 1, _CHUNK):
         pool = draw_pool(proposal, _CHUNK, generator)
-        log_weights.append(log_weight(log_density, pool))
+        log_weights.append(log_weight(density, pool))
         controls.append(pool.controls)
         estimate = estimate_log_normalizer(torch.cat(log_weights), torch.cat(controls, dim=-1))
         if n_draws >= _MIN_DRAWS and estimate.std_error < std_error:
@@ -303,6 +302,7 @@ class _Trainer:
 
     def _temper(self, model: TiltedEnsemble, pool: Pool, min_effective_sample_size: float) -> None:
         """Scale the energies down if that makes held-out rows clearly more likely, or lets the proposals cover them."""
+        log_base = model.base_log_prob(self.judged.rows)
         best_scale, best_score = 1.0, -math.inf
         for scale in _SCALES:
             model.scale.fill_(scale)
@@ -310,7 +310,8 @@ class _Trainer:
             if min(normalizer.effective_sample_size for normalizer in normalizers) < min_effective_sample_size:
                 continue
             log_normalizer = torch.tensor([normalizer.value for normalizer in normalizers]).to(self.judged.rows)
-            score = self.judged.held_out_mean(model.log_density(self.judged.rows) - log_normalizer.unsqueeze(-1))
+            log_density = model.log_density(self.judged.rows, log_base)
+            score = self.judged.held_out_mean(log_density - log_normalizer.unsqueeze(-1))
             if score > best_score + self.settings.train.tol:
                 best_scale, best_score = scale, score
         model.scale.fill_(best_scale)
@@ -416,7 +417,7 @@ def _stack(
         ensemble.log_normalizers = torch.tensor(
             [estimate.value for estimate in _member_log_normalizers(ensemble, pool)]
         )
-        weight = log_weight(ensemble.pooled_log_density, pool)
+        weight = log_weight(StackedDensity([ensemble], log_shares.new_zeros(1)), pool)
         log_shares[c] -= estimate_log_normalizer(weight, pool.controls).value
     return StackedDensity(ensembles, log_shares)
 

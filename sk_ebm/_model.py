@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
@@ -58,16 +58,19 @@ class TiltedEnsemble(nn.Module):
         rows = [z] * len(self) if z.ndim == 2 else z
         return torch.stack([base.log_prob(own) for base, own in zip(self.bases, rows, strict=True)])
 
-    def log_density(self, z: torch.Tensor) -> torch.Tensor:
-        """Return every member's unnormalised log density (nats), shaped as by `energy`."""
-        return self.base_log_prob(z) - self.energy(z)
+    def log_density(self, z: torch.Tensor, log_base: torch.Tensor | None = None) -> torch.Tensor:
+        """Return every member's unnormalised log density (nats), shaped as by `energy`.
 
-    def pooled_log_density(self, z: torch.Tensor) -> torch.Tensor:
+        Who has `base_log_prob` of z already passes it as `log_base`.
+        """
+        return (self.base_log_prob(z) if log_base is None else log_base) - self.energy(z)
+
+    def pooled_log_density(self, z: torch.Tensor, log_base: torch.Tensor | None = None) -> torch.Tensor:
         """Return the pooled log density (nats), unnormalised, at rows z (n, d); shape (n,).
 
         It takes `log_normalizers`, each member's log Z_k (nats), shape (K,), for known.
         """
-        log_base = self.base_log_prob(z)
+        log_base = self.base_log_prob(z) if log_base is None else log_base
         energy = self.energy(z) + self.log_normalizers.unsqueeze(-1)
         # A base without mass at z has no say, even if its energy is infinite there.
         share = log_base.softmax(0).nan_to_num(nan=0.0)
@@ -105,9 +108,14 @@ class StackedDensity(nn.Module):
         self.ensembles = ModuleList(ensembles)
         self.register_buffer("log_shares", log_shares)
 
-    def log_density(self, z: torch.Tensor) -> torch.Tensor:
-        """Return the unnormalised log density (nats) at rows z (n, d); shape (n,)."""
-        pooled = torch.stack([ensemble.pooled_log_density(z) for ensemble in self.ensembles])
+    def log_density(self, z: torch.Tensor, log_bases: Iterable[torch.Tensor | None] | None = None) -> torch.Tensor:
+        """Return the unnormalised log density (nats) at rows z (n, d); shape (n,).
+
+        Who has `base_log_prob` of each ensemble already passes them as `log_bases`.
+        """
+        log_bases = [None] * len(self.ensembles) if log_bases is None else log_bases
+        pairs = zip(self.ensembles, log_bases, strict=True)
+        pooled = torch.stack([ensemble.pooled_log_density(z, log_base) for ensemble, log_base in pairs])
         return (self.log_shares.unsqueeze(-1) + pooled).logsumexp(0)
 
 

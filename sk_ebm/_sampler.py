@@ -9,7 +9,7 @@ import torch
 
 from sk_ebm._kernels import GlobalState, Info, LogDensityAndGrad, imh_step, init_local, isir_step, mala_step
 from sk_ebm._log_normalizer import effective_sample_size
-from sk_ebm._model import TiltedEnsemble
+from sk_ebm._model import StackedDensity, TiltedEnsemble
 from sk_ebm._types import Density, ModuleList
 
 LogDensity = Callable[[torch.Tensor], torch.Tensor]
@@ -74,20 +74,40 @@ def defensive_proposal(
 
 
 class Pool(NamedTuple):
-    """Independent proposals (n, d) with what does not change when the energy does.
+    """Positions (n, d) with what does not change when the energy does.
 
-    That is their log proposal density (n,), and the ratios (J, n) of the proposal's components to the proposal: their
-    expectation is one, which makes them control variates for log Z.
+    That is the log density there of the proposal (n,) and of its components (J, n).
     """
 
     position: torch.Tensor
     log_proposal: torch.Tensor
-    controls: torch.Tensor
+    component_log_prob: torch.Tensor
+    components: tuple[Density, ...]
+
+    @property
+    def controls(self) -> torch.Tensor:
+        """Ratios of the components to the proposal: their expectation is one, so they are control variates for log Z.
+
+        The mean of all ratios, each with its component's share, is one: the first says nothing that the others do not.
+        """
+        return (self.component_log_prob[1:] - self.log_proposal).exp().nan_to_num(nan=0.0)
+
+    def base_log_prob(self, model: TiltedEnsemble) -> torch.Tensor:
+        """Return the log density (nats) of each position under each base of the model, shape (K, n)."""
+        index_of = {id(component): j for j, component in enumerate(self.components)}
+        known = [index_of.get(id(base)) for base in model.bases]
+        return torch.stack(
+            [
+                base.log_prob(self.position) if j is None else self.component_log_prob[j]
+                for base, j in zip(model.bases, known, strict=True)
+            ]
+        )
 
     def split(self, n_rows: int) -> Iterator["Pool"]:
-        """Yield pools of at most `n_rows` proposals."""
-        parts = self.position.split(n_rows), self.log_proposal.split(n_rows), self.controls.split(n_rows, dim=-1)
-        return (Pool(*part) for part in zip(*parts, strict=True))
+        """Yield pools of at most `n_rows` positions."""
+        for start in range(0, len(self.position), n_rows):
+            rows = slice(start, start + n_rows)
+            yield Pool(self.position[rows], self.log_proposal[rows], self.component_log_prob[:, rows], self.components)
 
 
 class SamplerReport(NamedTuple):
@@ -102,24 +122,27 @@ def draw_pool(proposal: MixtureProposal, n_samples: int, generator: torch.Genera
     """Draw a pool of `n_samples` proposals; one that overflowed gets weight zero."""
     position = proposal.sample(n_samples, generator)
     is_finite = position.isfinite().all(-1)
-    position = torch.where(is_finite.unsqueeze(-1), position, 0.0)
+    pool = _evaluate(proposal, torch.where(is_finite.unsqueeze(-1), position, 0.0))
+    log_proposal = torch.where(is_finite & pool.log_proposal.isfinite(), pool.log_proposal, math.inf)
+    return pool._replace(log_proposal=log_proposal)
+
+
+def _evaluate(proposal: MixtureProposal, position: torch.Tensor) -> Pool:
     component_log_prob = proposal.component_log_prob(position)
-    log_proposal = proposal.mix(component_log_prob)
-    log_proposal = torch.where(is_finite & log_proposal.isfinite(), log_proposal, math.inf)
-    # The mean of all ratios, each with its component's share, is one: the first says nothing that the others do not.
-    return Pool(position, log_proposal, (component_log_prob[1:] - log_proposal).exp().nan_to_num(nan=0.0))
+    return Pool(position, proposal.mix(component_log_prob), component_log_prob, tuple(proposal.components))
 
 
 @torch.no_grad()
 def pool_log_weight(model: TiltedEnsemble, pool: Pool) -> torch.Tensor:
     """Return every member's log importance weights of the pool, shape (K, n)."""
-    return _finite_or_zero_weight(model.log_density(pool.position) - pool.log_proposal)
+    return _finite_or_zero_weight(model.log_density(pool.position, pool.base_log_prob(model)) - pool.log_proposal)
 
 
 @torch.no_grad()
-def log_weight(log_density: LogDensity, pool: Pool) -> torch.Tensor:
-    """Return the log importance weights of the pool for one density, shape (n,)."""
-    return _finite_or_zero_weight(log_density(pool.position) - pool.log_proposal)
+def log_weight(density: StackedDensity, pool: Pool) -> torch.Tensor:
+    """Return the log importance weights of the pool for the whole density, shape (n,)."""
+    log_bases = [pool.base_log_prob(ensemble) for ensemble in density.ensembles]
+    return _finite_or_zero_weight(density.log_density(pool.position, log_bases) - pool.log_proposal)
 
 
 def _finite_or_zero_weight(weight: torch.Tensor) -> torch.Tensor:
@@ -172,8 +195,11 @@ class Chains:
         self, model: TiltedEnsemble, proposal: MixtureProposal, pool: Pool, generator: torch.Generator
     ) -> Info:
         n_members, n_chains, d = self.position.shape
-        log_proposal = proposal.log_prob(self.position.reshape(-1, d)).reshape(n_members, n_chains)
-        state = GlobalState(self.position, model.log_density(self.position) - log_proposal)
+        here = _evaluate(proposal, self.position.reshape(-1, d))
+        members = torch.arange(n_members, device=self.position.device)
+        log_base = here.base_log_prob(model).reshape(n_members, n_members, n_chains)[members, members]
+        log_proposal = here.log_proposal.reshape(n_members, n_chains)
+        state = GlobalState(self.position, model.log_density(self.position, log_base) - log_proposal)
         n_candidates = max(1, len(pool.position) // n_chains)
         pool_weight = pool_log_weight(model, pool)
         # Every member deals the pool out to its chains in its own random order.
@@ -224,16 +250,16 @@ def start_chains(model: TiltedEnsemble, pool: Pool, n_chains: int, generator: to
 
 @torch.no_grad()
 def draw_from_density(
-    log_density: LogDensity, proposal: MixtureProposal, n_samples: int, generator: torch.Generator
+    density: StackedDensity, proposal: MixtureProposal, n_samples: int, generator: torch.Generator
 ) -> torch.Tensor:
     """Draw rows from a density: resample a larger pool of proposals by weight, then move every draw locally."""
     draws = []
     for start in range(0, n_samples, _SAMPLE_CHUNK):
         n = min(_SAMPLE_CHUNK, n_samples - start)
         pool = draw_pool(proposal, max(_MIN_POOL, _POOL_PER_DRAW * n), generator)
-        probability = _probability(log_weight(log_density, pool))
+        probability = _probability(log_weight(density, pool))
         index = torch.multinomial(probability, n, replacement=True, generator=generator)
-        draws.append(_separate(log_density, pool.position[index], generator))
+        draws.append(_separate(density.log_density, pool.position[index], generator))
     return torch.cat(draws)
 
 

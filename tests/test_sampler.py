@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from sk_ebm._energy import SeparateEnergies
+from sk_ebm._energy import MLPEnergies, SeparateEnergies
 from sk_ebm._flow import make_flow
 from sk_ebm._mixture import fit_gaussian, fit_mixtures
-from sk_ebm._model import TiltedEnsemble
+from sk_ebm._model import StackedDensity, TiltedEnsemble
 from sk_ebm._sampler import (
     Chains,
     MixtureProposal,
@@ -32,6 +32,12 @@ class Shift(nn.Module):
 
     def forward(self, z):
         return (0.5 * self.offset**2 - self.offset * z).sum(-1)
+
+
+def untilted(base):
+    """Return a density of energy zero."""
+    ensemble = TiltedEnsemble([base], MLPEnergies(1, 2, (4,))).double()
+    return StackedDensity([ensemble], torch.zeros(1).double())
 
 
 @pytest.fixture
@@ -67,6 +73,17 @@ def test_controls_of_a_pool_are_component_ratios_of_mean_one(proposal, generator
     torch.testing.assert_close(shares @ torch.cat([first.unsqueeze(0), pool.controls]), torch.ones(20_000).double())
     std_error = pool.controls.std(-1) / math.sqrt(20_000)
     assert bool(((pool.controls.mean(-1) - 1).abs() < 4 * std_error + 1e-12).all())
+
+
+def test_a_pool_knows_the_bases_it_was_drawn_from(model, proposal, generator):
+    pool = draw_pool(proposal, 50, generator)
+    other = TiltedEnsemble([fit_gaussian(pool.position, torch.ones(50).double()), model.bases[1]], model.energies)
+    for ensemble in (model, other):
+        expected = ensemble.base_log_prob(pool.position)
+        for part, rows in zip(pool.split(20), expected.split(20, dim=-1), strict=True):
+            torch.testing.assert_close(part.base_log_prob(ensemble), rows)
+    model.bases[1].log_prob = None
+    torch.testing.assert_close(pool.base_log_prob(model), pool.component_log_prob[1:])
 
 
 def test_few_proposals_come_from_each_component_as_often_as_its_share():
@@ -114,7 +131,7 @@ def test_draws_follow_a_density_with_unequal_modes(generator):
     target = fit_mixtures(rows, torch.ones(1, 400).double(), 2, covariance_type="full", generator=generator)[0]
     wide = fit_gaussian(rows, torch.ones(400).double())
     proposal = defensive_proposal(make_flow("spline", 2).double(), [wide], 0.9)
-    draws = draw_from_density(target.log_prob, proposal, 20_000, generator)
+    draws = draw_from_density(untilted(target), proposal, 20_000, generator)
     assert float((draws[:, 0] > 0).double().mean()) == pytest.approx(0.25, abs=0.02)
     assert len(draws.unique(dim=0)) > 0.9 * len(draws)
 
@@ -123,7 +140,8 @@ def test_weights_that_are_no_numbers_count_as_zero(model, proposal, generator):
     pool = draw_pool(proposal, 100, generator)
     broken = pool._replace(log_proposal=torch.where(torch.arange(100) < 50, math.inf, pool.log_proposal))
     assert torch.equal(pool_log_weight(model, broken).isneginf(), (torch.arange(100) < 50).expand(2, -1))
-    assert log_weight(lambda z: z[:, 0] * math.nan, pool).isneginf().all()
+    no_number = StackedDensity([model], torch.tensor([math.nan]))
+    assert log_weight(no_number, pool).isneginf().all()
 
 
 def test_a_failed_sampler_has_no_effective_draws_and_still_starts_chains(model, proposal, generator):
