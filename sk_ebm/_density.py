@@ -22,7 +22,7 @@ from sk_ebm._fitting import FitSettings, FittedModel, fit_model
 from sk_ebm._flow import make_flow
 from sk_ebm._progress import ProgressLine
 from sk_ebm._rows import deal_to_folds
-from sk_ebm._sampler import draw_from_density, draw_pool, log_weight
+from sk_ebm._sampler import CHUNK, draw_from_density, draw_pool, log_weight
 from sk_ebm._selection import FitBase
 from sk_ebm._training import ENDED_BY_USER, Outcome, TrainSettings
 
@@ -39,7 +39,7 @@ except ImportError:  # scikit-learn before 1.9 has no callbacks.
 
 
 DOC_LINK = "https://sk-ebm.readthedocs.io/en/stable/api.html#sk_ebm.{estimator_name}"
-_SCORE_CHUNK = 8192
+_POOL_CHUNK = 8192
 _MODEL_PARAMETERS = (
     "base",
     "feature_map",
@@ -331,8 +331,8 @@ class EBMFlowDensity(CallbackSupportMixin, DensityMixin, BaseEstimator):
         X = validate_data(self, X, dtype=[np.float64, np.float32], reset=False)
         log_density = np.empty(len(X))
         with torch.no_grad():
-            for start in range(0, len(X), _SCORE_CHUNK):
-                rows = slice(start, start + _SCORE_CHUNK)
+            for start in range(0, len(X), CHUNK):
+                rows = slice(start, start + CHUNK)
                 z, log_det = self.feature_map_(_to_tensor(X[rows]))
                 log_density[rows] = (self.density_.log_density(z) - self.log_normalizer_ + log_det).numpy()
         return log_density
@@ -375,7 +375,7 @@ class EBMFlowDensity(CallbackSupportMixin, DensityMixin, BaseEstimator):
         check_is_fitted(self)
         n_samples, generator = check_n_samples(n_samples), _generator(random_state)
         z = draw_from_density(self.density_, self.proposal_, n_samples, generator)
-        return torch.cat([self.feature_map_.inverse(part) for part in z.split(_SCORE_CHUNK)]).numpy()
+        return torch.cat([self.feature_map_.inverse(part) for part in z.split(CHUNK)]).numpy()
 
     def importance_sample(self, n_samples: int = 1000, random_state: Any = None) -> tuple[np.ndarray, np.ndarray]:
         """Draw independent rows with importance weights, for expectations under the fitted density.
@@ -401,8 +401,8 @@ class EBMFlowDensity(CallbackSupportMixin, DensityMixin, BaseEstimator):
         generator = _generator(random_state)
         X = np.empty((check_n_samples(n_samples), self.n_features_in_))
         weight = np.empty(len(X))
-        for start in range(0, len(X), _SCORE_CHUNK):
-            rows = slice(start, start + _SCORE_CHUNK)
+        for start in range(0, len(X), _POOL_CHUNK):
+            rows = slice(start, start + _POOL_CHUNK)
             pool = draw_pool(self.proposal_, len(weight[rows]), generator)
             X[rows] = self.feature_map_.inverse(pool.position).numpy()
             weight[rows] = (log_weight(self.density_, pool) - self.log_normalizer_).exp().numpy()

@@ -424,8 +424,7 @@ def _stack(
 
 def _member_log_normalizers(model: TiltedEnsemble, pool: Pool) -> list[LogNormalizer]:
     """Estimate log Z (nats) of every member."""
-    weights = torch.cat([pool_log_weight(model, part) for part in pool.split(_CHUNK)], dim=-1)
-    return [estimate_log_normalizer(weight, pool.controls) for weight in weights]
+    return [estimate_log_normalizer(weight, pool.controls) for weight in pool_log_weight(model, pool)]
 
 
 def _to_float64(candidates: list[Candidate]) -> list[Candidate]:

@@ -17,6 +17,8 @@ LogDensity = Callable[[torch.Tensor], torch.Tensor]
 TARGET_ACCEPTANCE = 0.6
 _DEFENSIVE_FRACTION = 0.3
 _SAMPLE_CHUNK = 8192
+# Rows evaluated at once: few enough for hidden layers to stay in the cache of a processor.
+CHUNK = 1024
 _POOL_PER_DRAW = 4
 _MIN_POOL = 2048
 _SEPARATION_STEPS = (0.1, 0.03, 0.01, 0.003)
@@ -103,10 +105,10 @@ class Pool(NamedTuple):
             ]
         )
 
-    def split(self, n_rows: int) -> Iterator["Pool"]:
-        """Yield pools of at most `n_rows` positions."""
-        for start in range(0, len(self.position), n_rows):
-            rows = slice(start, start + n_rows)
+    def split(self) -> Iterator["Pool"]:
+        """Yield pools of few positions."""
+        for start in range(0, len(self.position), CHUNK):
+            rows = slice(start, start + CHUNK)
             yield Pool(self.position[rows], self.log_proposal[rows], self.component_log_prob[:, rows], self.components)
 
 
@@ -128,21 +130,25 @@ def draw_pool(proposal: MixtureProposal, n_samples: int, generator: torch.Genera
 
 
 def _evaluate(proposal: MixtureProposal, position: torch.Tensor) -> Pool:
-    component_log_prob = proposal.component_log_prob(position)
+    component_log_prob = torch.cat([proposal.component_log_prob(part) for part in position.split(CHUNK)], dim=-1)
     return Pool(position, proposal.mix(component_log_prob), component_log_prob, tuple(proposal.components))
 
 
 @torch.no_grad()
 def pool_log_weight(model: TiltedEnsemble, pool: Pool) -> torch.Tensor:
     """Return every member's log importance weights of the pool, shape (K, n)."""
-    return _finite_or_zero_weight(model.log_density(pool.position, pool.base_log_prob(model)) - pool.log_proposal)
+    log_density = [model.log_density(part.position, part.base_log_prob(model)) for part in pool.split()]
+    return _finite_or_zero_weight(torch.cat(log_density, dim=-1) - pool.log_proposal)
 
 
 @torch.no_grad()
 def log_weight(density: StackedDensity, pool: Pool) -> torch.Tensor:
     """Return the log importance weights of the pool for the whole density, shape (n,)."""
-    log_bases = [pool.base_log_prob(ensemble) for ensemble in density.ensembles]
-    return _finite_or_zero_weight(density.log_density(pool.position, log_bases) - pool.log_proposal)
+    log_density = [
+        density.log_density(part.position, [part.base_log_prob(ensemble) for ensemble in density.ensembles])
+        for part in pool.split()
+    ]
+    return _finite_or_zero_weight(torch.cat(log_density) - pool.log_proposal)
 
 
 def _finite_or_zero_weight(weight: torch.Tensor) -> torch.Tensor:
@@ -253,13 +259,13 @@ def draw_from_density(
     density: StackedDensity, proposal: MixtureProposal, n_samples: int, generator: torch.Generator
 ) -> torch.Tensor:
     """Draw rows from a density: resample a larger pool of proposals by weight, then move every draw locally."""
-    draws = []
+    draws: list[torch.Tensor] = []
     for start in range(0, n_samples, _SAMPLE_CHUNK):
         n = min(_SAMPLE_CHUNK, n_samples - start)
         pool = draw_pool(proposal, max(_MIN_POOL, _POOL_PER_DRAW * n), generator)
         probability = _probability(log_weight(density, pool))
         index = torch.multinomial(probability, n, replacement=True, generator=generator)
-        draws.append(_separate(density.log_density, pool.position[index], generator))
+        draws += [_separate(density.log_density, part, generator) for part in pool.position[index].split(CHUNK)]
     return torch.cat(draws)
 
 

@@ -75,12 +75,13 @@ def test_controls_of_a_pool_are_component_ratios_of_mean_one(proposal, generator
     assert bool(((pool.controls.mean(-1) - 1).abs() < 4 * std_error + 1e-12).all())
 
 
-def test_a_pool_knows_the_bases_it_was_drawn_from(model, proposal, generator):
+def test_a_pool_knows_the_bases_it_was_drawn_from(model, proposal, generator, monkeypatch):
+    monkeypatch.setattr("sk_ebm._sampler.CHUNK", 20)
     pool = draw_pool(proposal, 50, generator)
     other = TiltedEnsemble([fit_gaussian(pool.position, torch.ones(50).double()), model.bases[1]], model.energies)
     for ensemble in (model, other):
         expected = ensemble.base_log_prob(pool.position)
-        for part, rows in zip(pool.split(20), expected.split(20, dim=-1), strict=True):
+        for part, rows in zip(pool.split(), expected.split(20, dim=-1), strict=True):
             torch.testing.assert_close(part.base_log_prob(ensemble), rows)
     model.bases[1].log_prob = None
     torch.testing.assert_close(pool.base_log_prob(model), pool.component_log_prob[1:])
