@@ -339,7 +339,8 @@ class _Trainer:
     def _fit_flow(self, flow: CouplingFlow, held_out_fold: int) -> float:
         is_held_out = self.data.fold == held_out_fold
         weight = self.data.weight * ~is_held_out
-        flow.start_at(fit_gaussian(self.data.rows, weight))
+        gaussian = fit_gaussian(self.data.rows, weight)
+        flow.start_at(gaussian.means[0], gaussian.scale_trils[0])
         return fit_flow(
             flow,
             self.data.rows,

@@ -12,7 +12,6 @@ from normflows.nets import MLP
 from normflows.utils.splines import DEFAULT_MIN_DERIVATIVE
 from torch import nn
 
-from sk_ebm._mixture import Mixture
 from sk_ebm._types import Density, ModuleList
 
 _N_BINS = 8
@@ -47,9 +46,11 @@ class CouplingFlow(Density):
         self.register_buffer("scale_tril", torch.eye(n_features))
         self.register_buffer("whitener", torch.eye(n_features))
 
-    def start_at(self, gaussian: Mixture) -> None:
-        """Take the Gaussian that whitens the rows."""
-        self.mean, self.scale_tril, self.whitener = gaussian.means[0], gaussian.scale_trils[0], gaussian.whiteners[0]
+    def start_at(self, mean: torch.Tensor, scale_tril: torch.Tensor) -> None:
+        """Take the mean and the lower Cholesky factor of the covariance that whiten the rows."""
+        self.mean, self.scale_tril = mean, scale_tril
+        eye = torch.eye(self.n_features, dtype=mean.dtype, device=mean.device)
+        self.whitener = torch.linalg.solve_triangular(scale_tril, eye, upper=False)
 
     def log_prob(self, z: torch.Tensor) -> torch.Tensor:
         """Return the normalised log density (nats) of each row, shape (n,)."""

@@ -57,9 +57,9 @@ class TestFlow:
         z = 0.5 + normal(200, n_features) @ (torch.eye(n_features) + 0.3).double()
         gaussian = fit_gaussian(z, torch.ones(200, dtype=torch.float64))
         untrained, flow = build(kind, n_features, noise=0), build(kind, n_features)
-        untrained.start_at(gaussian)
+        untrained.start_at(gaussian.means[0], gaussian.scale_trils[0])
         torch.testing.assert_close(untrained.log_prob(z), gaussian.log_prob(z), rtol=1e-5, atol=1e-5)
-        flow.start_at(gaussian)
+        flow.start_at(gaussian.means[0], gaussian.scale_trils[0])
         draws, log_prob = flow.sample_and_log_prob(100, seeded())
         torch.testing.assert_close(flow.log_prob(draws), log_prob, rtol=1e-6, atol=1e-6)
 
