@@ -115,15 +115,15 @@ def _clearance(distance: torch.Tensor) -> torch.Tensor:
 
 def _pairs(bounds: Any, names: Sequence[Any]) -> list[tuple[float, float]]:
     if isinstance(bounds, Mapping):
-        unknown = [name for name in bounds if name not in names]
+        unknown = [name for name in bounds if name not in list(names)]
         if unknown:
             raise ValueError(
                 f"bounds has no such feature: {unknown[0]!r}. The features are {', '.join(map(repr, names))}."
             )
-        bounds = [bounds.get(name) for name in names]
-    pairs, n_features = list(bounds), len(names)
+    n_features = len(names)
+    pairs: list[Any] = [bounds.get(name) for name in names] if isinstance(bounds, Mapping) else list(bounds)
     # (0, None) is one pair; [None, None] says the same of two features or of all.
-    if len(pairs) == 2 and all(np.ndim(bound) == 0 for bound in pairs):
+    if len(pairs) == 2 and all(np.ndim(bound) == 0 for bound in pairs) and not isinstance(bounds, Mapping):
         pairs = [tuple(pairs)] * n_features
     if len(pairs) != n_features:
         raise ValueError(

@@ -1,6 +1,5 @@
 """EBMFlowDensity: the one file that knows scikit-learn, and the border between numpy and torch."""
 
-import copy
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -154,8 +153,8 @@ class EBMFlowDensity(CallbackSupportMixin, DensityMixin, BaseEstimator):
         Whether training stopped because the held-out log-likelihood no longer improved, on every base kept.
     base_ : dict
         "name" of the base with the largest share, its "validation_log_likelihood" (nats per row), "shares" and
-        "validation_log_likelihoods" of all bases that energies were trained on, and the "scales" that the energies of
-        those with a share are multiplied by: less than one where held-out rows or the proposals asked for it.
+        "validation_log_likelihoods" of all bases that energies were trained on, and the "scales" by which each energy
+        on those with a share is multiplied: less than one where held-out rows or the proposals asked for it.
     outcome_ : str
         How training ended, in one sentence.
     oob_log_density_ : ndarray of shape (n_samples,)
@@ -458,8 +457,10 @@ class EBMFlowDensity(CallbackSupportMixin, DensityMixin, BaseEstimator):
         model_parameters = {name: getattr(self, name) for name in _MODEL_PARAMETERS}
         if self.bounds is not None:
             # A copy that compares as a whole, whatever kind of array it is.
-            bounds = self.bounds if isinstance(self.bounds, dict) else np.array(self.bounds, dtype=object).tolist()
-            model_parameters["bounds"] = copy.deepcopy(bounds)
+            by_name = self.bounds if isinstance(self.bounds, dict) else {"all": self.bounds}
+            model_parameters["bounds"] = {
+                name: np.array(pairs, dtype=object).tolist() for name, pairs in by_name.items()
+            }
         previous: FittedModel | None = getattr(self, "_fitted", None) if self.warm_start else None
         if previous is not None:
             changed = [name for name in _MODEL_PARAMETERS if model_parameters[name] != self._model_parameters[name]]
@@ -573,7 +574,7 @@ def _fitted_attributes(fitted: FittedModel, history: list[dict[str, Any]]) -> di
             "validation_log_likelihood": fitted.scores[name],
             "shares": fitted.shares,
             "validation_log_likelihoods": fitted.scores,
-            "scales": {candidate.name: float(candidate.model.scale) for candidate in fitted.candidates},
+            "scales": {candidate.name: candidate.model.scale.tolist() for candidate in fitted.candidates},
         },
         "acceptance_rate_": next(c.result.acceptance_rate for c in fitted.candidates if c.name == name),
     }

@@ -127,11 +127,12 @@ def fit_model(
     else:
         trained = trainer.train_on(previous.candidates)
     candidates = [candidate for candidate in trained if candidate.result.outcome is not Outcome.LEFT_BEHIND]
-    held_out, effective_sample_size = trainer.held_out_log_prob(candidates)
-    is_covered = effective_sample_size >= trainer.min_effective_sample_size(candidates)
+    candidates = trainer.temper(candidates)
+    held_out, is_covered = trainer.held_out_log_prob(candidates)
     shares = stacking_shares(held_out[:, :MAX_JUDGED_ROWS], data.weight[:MAX_JUDGED_ROWS], is_covered)
     share_of = {c.name: 0.0 for c in trained} | {c.name: share for c, share in zip(candidates, shares, strict=True)}
-    fitted = _assemble(feature_map, trained, share_of, log_det, generator, std_error)
+    left_behind = [candidate for candidate in trained if candidate.result.outcome is Outcome.LEFT_BEHIND]
+    fitted = _assemble(feature_map, [*candidates, *left_behind], share_of, log_det, generator, std_error)
     log_shares = torch.tensor(shares, dtype=torch.float64).log().unsqueeze(-1)
     return fitted, (log_shares + held_out).logsumexp(0) + log_det_rows
 
@@ -273,48 +274,68 @@ class _Trainer:
         )
         return Candidate(name, result.model, result.flow, result)
 
-    def min_effective_sample_size(self, candidates: list[Candidate]) -> float:
-        """Return the fraction that counts as covered where only one proposal in C was drawn for a candidate."""
-        return self.settings.train.min_effective_sample_size / len(candidates)
+    @torch.no_grad()
+    def temper(self, candidates: list[Candidate]) -> list[Candidate]:
+        """Scale energies down where held-out rows become clearly more likely, or where the proposals ask for it.
+
+        One factor for all members of a candidate makes rows most likely; a member that the proposals do not cover even
+        so is scaled down further.
+        """
+        pool = draw_pool(_joint_proposal(candidates), _STACKING_DRAWS, self.device_generator)
+        weight = self.judged.held_out_weight()
+        tempered = []
+        for candidate in candidates:
+            model = candidate.model
+            log_base = model.base_log_prob(self.judged.rows)
+            score, is_covered = torch.empty(len(_SCALES), len(model)), torch.empty(len(_SCALES), len(model))
+            for s, scale in enumerate(_SCALES):
+                model.scale.fill_(scale)
+                log_normalizer, is_covered[s] = self._member_log_normalizers(model, pool, candidates)
+                log_prob = model.log_density(self.judged.rows, log_base) - log_normalizer.unsqueeze(-1)
+                score[s] = (weight * log_prob).sum(-1) / weight.sum()
+            # The untilted bases are proposals themselves.
+            is_covered[-1] = 1
+            members, chosen, best_score = torch.arange(len(model)), torch.zeros(len(model), dtype=torch.long), -math.inf
+            for s in range(len(_SCALES)):
+                allowed = s + is_covered[s:].argmax(0)
+                total = float(score[allowed, members].sum())
+                if total > best_score + self.settings.train.tol:
+                    chosen, best_score = allowed, total
+            model.scale.copy_(torch.tensor(_SCALES)[chosen])
+            result = candidate.result._replace(held_out_log_likelihood=best_score)
+            tempered.append(candidate._replace(result=result))
+        return tempered
 
     @torch.no_grad()
     def held_out_log_prob(self, candidates: list[Candidate]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Temper each candidate, and return each row's log density (nats, in z-space) under the member new to it.
+        """Return each row's log density (nats, in z-space) under each candidate's member that never saw it.
 
         The result has shape (C, n), in float64 on the CPU; it is nan for rows that every member has seen. With it
-        comes the smallest effective sample size (a fraction) behind the normalizers of each candidate, shape (C,).
+        comes whether the proposals cover all members of a candidate, shape (C,).
         """
         pool = draw_pool(_joint_proposal(candidates), _STACKING_DRAWS, self.device_generator)
         held_out = torch.full((len(candidates), len(self.data.rows)), math.nan, dtype=torch.float64)
-        effective_sample_size = torch.empty(len(candidates))
+        are_covered = torch.empty(len(candidates), dtype=torch.bool)
         rows_of_member = [(self.data.fold == k).nonzero().squeeze(-1) for k in range(self.data.n_members)]
         padded = nn.utils.rnn.pad_sequence(rows_of_member, batch_first=True)
         for c, candidate in enumerate(candidates):
-            self._temper(candidate.model, pool, self.min_effective_sample_size(candidates))
-            normalizers = _member_log_normalizers(candidate.model, pool)
-            effective_sample_size[c] = min(normalizer.effective_sample_size for normalizer in normalizers)
-            log_normalizer = torch.tensor([normalizer.value for normalizer in normalizers])
+            log_normalizer, is_covered = self._member_log_normalizers(candidate.model, pool, candidates)
+            are_covered[c] = is_covered.all()
             log_density = [candidate.model.log_density(self.data.rows[i]) for i in padded.split(_CHUNK, dim=1)]
-            log_prob = (torch.cat(log_density, dim=1).cpu() - log_normalizer.unsqueeze(-1)).double()
+            log_prob = (torch.cat(log_density, dim=1) - log_normalizer.unsqueeze(-1)).cpu().double()
             for k, rows in enumerate(rows_of_member):
                 held_out[c, rows.cpu()] = log_prob[k, : len(rows)]
-        return held_out, effective_sample_size
+        return held_out, are_covered
 
-    def _temper(self, model: TiltedEnsemble, pool: Pool, min_effective_sample_size: float) -> None:
-        """Scale the energies down if that makes held-out rows clearly more likely, or lets the proposals cover them."""
-        log_base = model.base_log_prob(self.judged.rows)
-        best_scale, best_score = 1.0, -math.inf
-        for scale in _SCALES:
-            model.scale.fill_(scale)
-            normalizers = _member_log_normalizers(model, pool)
-            if min(normalizer.effective_sample_size for normalizer in normalizers) < min_effective_sample_size:
-                continue
-            log_normalizer = torch.tensor([normalizer.value for normalizer in normalizers]).to(self.judged.rows)
-            log_density = model.log_density(self.judged.rows, log_base)
-            score = self.judged.held_out_mean(log_density - log_normalizer.unsqueeze(-1))
-            if score > best_score + self.settings.train.tol:
-                best_scale, best_score = scale, score
-        model.scale.fill_(best_scale)
+    def _member_log_normalizers(
+        self, model: TiltedEnsemble, pool: Pool, candidates: list[Candidate]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return every member's log Z (nats), shape (K,), and whether the proposals cover it, shape (K,)."""
+        estimates = _member_log_normalizers(model, pool)
+        # Only one proposal in C was drawn for a candidate.
+        least = self.settings.train.min_effective_sample_size / len(candidates)
+        is_covered = torch.tensor([estimate.effective_sample_size >= least for estimate in estimates])
+        return torch.tensor([estimate.value for estimate in estimates]).to(self.data.rows), is_covered
 
     def _start(self, name: str, bases: list[Density], flow: Density, rival_score: float = -math.inf) -> Candidate:
         with seeded_modules(self.generator):
@@ -339,8 +360,9 @@ class _Trainer:
     def _fit_flow(self, flow: CouplingFlow, held_out_fold: int) -> float:
         is_held_out = self.data.fold == held_out_fold
         weight = self.data.weight * ~is_held_out
-        gaussian = fit_gaussian(self.data.rows, weight)
-        flow.start_at(gaussian.means[0], gaussian.scale_trils[0])
+        # In double precision, as all bases.
+        gaussian = fit_gaussian(self.judged.rows.cpu().double(), weight[:MAX_JUDGED_ROWS].cpu().double())
+        flow.start_at(gaussian.means[0].to(self.data.rows), gaussian.scale_trils[0].to(self.data.rows))
         return fit_flow(
             flow,
             self.data.rows,
@@ -415,11 +437,11 @@ def _stack(
     # Common draws: their noise mostly cancels between members and ensembles, and the final log Z covers the rest.
     pool = draw_pool(proposal, _STACKING_DRAWS, generator)
     for c, ensemble in enumerate(ensembles):
-        ensemble.log_normalizers = torch.tensor(
-            [estimate.value for estimate in _member_log_normalizers(ensemble, pool)]
-        )
-        weight = log_weight(StackedDensity([ensemble], log_shares.new_zeros(1)), pool)
-        log_shares[c] -= estimate_log_normalizer(weight, pool.controls).value
+        estimates = _member_log_normalizers(ensemble, pool)
+        ensemble.log_normalizers.copy_(torch.tensor([estimate.value for estimate in estimates], dtype=torch.float64))
+        if len(ensembles) > 1:
+            weight = log_weight(StackedDensity([ensemble], log_shares.new_zeros(1)), pool)
+            log_shares[c] -= estimate_log_normalizer(weight, pool.controls).value
     return StackedDensity(ensembles, log_shares)
 
 

@@ -37,8 +37,8 @@ class TiltedEnsemble(nn.Module):
         super().__init__()
         self.bases = ModuleList(bases).requires_grad_(False)
         self.energies = energies
-        # A temperature: less than one where the networks promise more than held-out rows keep.
-        self.register_buffer("scale", torch.ones(()))
+        # Less than one where the networks promise more than held-out rows keep.
+        self.register_buffer("scale", torch.ones(len(bases)))
         self.register_buffer("log_normalizers", torch.zeros(len(bases)))
         # A user's energy may hold parameters that are not to be trained.
         self._is_trained = [parameter.requires_grad for parameter in energies.parameters()]
@@ -51,7 +51,9 @@ class TiltedEnsemble(nn.Module):
 
         The result has shape (K, n) or (K, m).
         """
-        return self.scale * self.energies(_into_ball(z))
+        scale = self.scale.unsqueeze(-1)
+        # Scaled by zero, even an infinite energy is none.
+        return torch.where(scale > 0, scale * self.energies(_into_ball(z)), 0.0)
 
     def base_log_prob(self, z: torch.Tensor) -> torch.Tensor:
         """Return every member's base log density (nats), shaped as by `energy`."""
@@ -81,6 +83,7 @@ class TiltedEnsemble(nn.Module):
         """Return a copy, on the same bases, whose energies no longer train."""
         frozen = TiltedEnsemble(list(self.bases), copy.deepcopy(self.energies).requires_grad_(False))
         frozen._is_trained = self._is_trained
+        frozen.scale, frozen.log_normalizers = self.scale.clone(), self.log_normalizers.clone()
         return frozen
 
     def thaw(self) -> None:

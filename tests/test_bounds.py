@@ -128,6 +128,8 @@ def test_bounds_by_name():
     assert density[1] == -np.inf
     with pytest.raises(ValueError, match="no such feature: 'incom'. The features are 'age', 'income'"):
         quick(bounds={"incom": (0, None)}).fit(X)
+    with pytest.raises(ValueError, match="bounds of feature 'age' must be"):
+        quick(bounds={"age": 0}).fit(X)
     by_number = quick(bounds={1: (0, None)}).fit(X.to_numpy())
     np.testing.assert_array_equal(by_number.score_samples(X.to_numpy()), model.score_samples(X))
 
@@ -136,7 +138,7 @@ def test_warm_start_takes_bounds_of_any_kind():
     X = np.random.default_rng(0).uniform(size=(60, 2))
     model = quick(bounds=np.array([[0, 1], [0, 1]]), warm_start=True).fit(X).fit(X)
     model.set_params(bounds=[[0, 1], [0, 1]]).fit(X)
-    by_number = {0: (0, 1)}
+    by_number = {0: np.array([0, 1])}
     model = quick(bounds=by_number, warm_start=True).fit(X).fit(X)
     by_number[1] = (0, 1)
     with pytest.raises(ValueError, match="bounds changed"):

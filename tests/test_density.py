@@ -295,7 +295,29 @@ def test_low_effective_sample_size_warns_with_the_remedy(monkeypatch):
 def test_energies_too_steep_for_the_proposals_are_scaled_down():
     model = quick(energy=SteepEnergy, max_iter=1).fit(two_clusters(60, 10))
     assert model.effective_sample_size_ > 0.02
-    assert all(float(ensemble.scale) < 1 for ensemble in model.density_.ensembles)
+    assert all(scale < 1 for scale in model.base_["scales"][model.base_["name"]])
+    # Not the score of the energies as they were trained.
+    assert model.base_["validation_log_likelihood"] == pytest.approx(np.nanmean(model.oob_log_density_), abs=0.5)
+
+
+class NarrowEnergy(nn.Module):
+    """Half the squared radius, which makes a density narrower than its base."""
+
+    def __init__(self, n_features):
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(()))
+
+    def forward(self, z):
+        return 0.5 * z.square().sum(-1) + self.shift
+
+
+def test_energies_are_scaled_to_what_held_out_rows_ask_for():
+    X = np.random.default_rng(0).normal(size=(300, 2))
+    wrong = quick(base="gaussian", energy=NarrowEnergy, max_iter=1, early_stopping=False).fit(X)
+    assert wrong.base_["scales"]["gaussian"] == [0.0] * len(wrong.density_.ensembles[0])
+    right = quick(base="gaussian", max_iter=30).fit(two_clusters(300, 2))
+    assert right.base_["scales"]["gaussian"] == [1.0] * len(right.density_.ensembles[0])
+    assert right.density_.ensembles[0].log_normalizers.abs().max() > 0.1
 
 
 def test_held_out_rows_do_not_flatter_a_base_of_flows():

@@ -42,6 +42,26 @@ def test_pool_averages_energies_and_mixes_bases():
     torch.testing.assert_close(model.pooled_log_density(z), model.bases[0].log_prob(z) - model.energy(z).mean(0) - 0.1)
 
 
+def test_energies_count_in_the_pool_by_the_shares_of_their_bases():
+    model, z = ensemble(3)
+    model.log_normalizers = torch.tensor([0.1, -0.5, 0.7], dtype=torch.float64)
+    base = torch.stack([base.log_prob(z).exp() for base in model.bases])
+    energy = model.energy(z) + model.log_normalizers.unsqueeze(-1)
+    expected = base.mean(0).log() - (base * energy).sum(0) / base.sum(0)
+    torch.testing.assert_close(model.pooled_log_density(z), expected)
+
+
+def test_each_energy_has_its_scale_and_scaled_by_zero_it_is_none():
+    model, z = ensemble(2)
+    full = model.energy(z)
+    model.scale = torch.tensor([0.5, 0.0], dtype=torch.float64)
+    model.energies.biases[-1].data[1] = math.inf
+    torch.testing.assert_close(model.energy(z), torch.stack([0.5 * full[0], torch.zeros(len(z)).double()]))
+    torch.testing.assert_close(model.frozen_copy().energy(z), model.energy(z))
+    model.thaw()
+    assert model.energy(z)[1].isinf().all()
+
+
 def test_pool_is_nowhere_above_the_mixture_of_the_members():
     model, z = ensemble(3)
     model.log_normalizers = torch.tensor([0.1, -0.5, 0.7], dtype=torch.float64)
