@@ -34,4 +34,5 @@ sphinx_gallery_conf = {
     "abort_on_example_error": True,
     "download_all_examples": False,
     "min_reported_time": 0,
+    "capture_repr": (),
 }

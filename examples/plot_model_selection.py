@@ -25,8 +25,8 @@ from sk_ebm import DensityDisplay, EBMFlowDensity, TrainingDisplay
 # Data: waiting times and the amounts that follow them, both positive and skewed.
 
 rng = np.random.default_rng(0)
-waiting = rng.gamma(2.0, 1.0, 300)
-X = np.column_stack([waiting, waiting * rng.lognormal(0.0, 0.4, 300)])
+waiting = rng.gamma(2.0, 1.0, 200)
+X = np.column_stack([waiting, waiting * rng.lognormal(0.0, 0.4, 200)])
 
 
 def mean_log_likelihood(density, X, y=None):
@@ -38,7 +38,7 @@ def mean_log_likelihood(density, X, y=None):
 # What it reaches as it is, by cross-validation. To keep the example short, there are fewer iterations than by default,
 # and fewer energies: two are too few for real work, where they may run away from their sampler.
 
-density = EBMFlowDensity(n_estimators=2, max_iter=20, random_state=0)
+density = EBMFlowDensity(base="gaussian", n_estimators=2, max_iter=10, random_state=0)
 scores = cross_val_score(density, X, scoring=mean_log_likelihood, cv=3, n_jobs=2)
 print(f"as it is        {scores.mean():.3f} nats per row, +- {scores.std() / np.sqrt(len(scores)):.3f}")
 
@@ -58,7 +58,7 @@ halving = HalvingRandomSearchCV(
     choices,
     resource="max_iter",
     min_resources=5,
-    max_resources=20,
+    max_resources=10,
     factor=2,
     n_candidates=4,
     scoring=mean_log_likelihood,
