@@ -152,7 +152,7 @@ def test_skewed_margins_choose_normal_scores():
         ((5, 2), "auto"),
         ((20, 5), "auto"),
         ((15, 30), "auto"),
-        ((40, 100), "mixture"),
+        ((30, 60), "mixture"),
     ],
 )
 @pytest.mark.filterwarnings("ignore::sk_ebm.LowEffectiveSampleSizeWarning")
