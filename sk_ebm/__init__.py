@@ -3,6 +3,7 @@
 from sk_ebm._density import EBMFlowDensity, LowEffectiveSampleSizeWarning, TrainingWarning
 from sk_ebm._display import DensityDisplay, ProportionsDisplay, TrainingDisplay
 from sk_ebm._proportions import ClassProportions, DensityClassifier, ProportionsWarning, class_proportions
+from sk_ebm._version import __version__
 
 __all__ = [
     "ClassProportions",
@@ -14,6 +15,6 @@ __all__ = [
     "ProportionsWarning",
     "TrainingDisplay",
     "TrainingWarning",
+    "__version__",
     "class_proportions",
 ]
-__version__ = "0.1.0"

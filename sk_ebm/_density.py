@@ -19,6 +19,7 @@ from sk_ebm._bounds import make_bounds
 from sk_ebm._energy import MLPEnergies, SeparateEnergies, resolve_hidden_layer_sizes
 from sk_ebm._fitting import FitSettings, FittedModel, fit_model
 from sk_ebm._flow import make_flow
+from sk_ebm._persistence import Versioned
 from sk_ebm._progress import ProgressLine
 from sk_ebm._rows import deal_to_folds
 from sk_ebm._sampler import CHUNK, draw_from_density, draw_pool, log_weight
@@ -60,7 +61,7 @@ class TrainingWarning(UserWarning):
     """Training was interrupted, or ended because something failed, with the best parameters so far."""
 
 
-class EBMFlowDensity(CallbackSupportMixin, DensityMixin, BaseEstimator):
+class EBMFlowDensity(Versioned, CallbackSupportMixin, DensityMixin, BaseEstimator):
     r"""Energy-based density estimator, trained with the help of a normalizing flow.
 
     The log density is :math:`\log p(x) = -E(z) + \log q_0(z) - \log Z + \log |\det dz/dx|`, where z is
@@ -295,7 +296,8 @@ class EBMFlowDensity(CallbackSupportMixin, DensityMixin, BaseEstimator):
         y : None
             Ignored.
         sample_weight : array-like of shape (n_samples,), default=None
-            Non-negative weights: a row of weight 2 counts as the row twice, one of weight 0 as not there.
+            Non-negative weights: a row of weight 2 counts as the row twice, one of weight 0, or of less than 1e-12 of
+            the largest weight, as not there.
 
         Returns
         -------
@@ -307,8 +309,10 @@ class EBMFlowDensity(CallbackSupportMixin, DensityMixin, BaseEstimator):
         ValueError
             If X has missing or infinite values, a constant feature or fewer than two different rows, or if
             weights are negative or all zero.
+        MemoryError
+            If the memory of the device is too small.
         """
-        with restored_on_failure(self):
+        with restored_on_failure(self), self._advice_when_out_of_memory():
             self._fit(X, y, sample_weight)
             self._warn()
         return self
@@ -327,7 +331,7 @@ class EBMFlowDensity(CallbackSupportMixin, DensityMixin, BaseEstimator):
             Log densities (nats) in the units of X; all share the error `log_normalizer_std_error_`.
         """
         check_is_fitted(self)
-        X = validate_data(self, X, dtype=[np.float64, np.float32], reset=False)
+        X = check_rows(self, X, reset=False)
         log_density = np.empty(len(X))
         with torch.no_grad():
             for start in range(0, len(X), CHUNK):
@@ -411,7 +415,7 @@ class EBMFlowDensity(CallbackSupportMixin, DensityMixin, BaseEstimator):
     def _fit(self, X: Any, y: Any, sample_weight: Any) -> None:
         self._validate_params()
         previous = self._previous_fit()
-        X = validate_data(self, X, dtype=[np.float64, np.float32], ensure_min_samples=2, reset=previous is None)
+        X = check_rows(self, X, ensure_min_samples=2, reset=previous is None)
         if sample_weight is not None:
             sample_weight = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
         generator = _generator(self.random_state)
@@ -512,6 +516,22 @@ class EBMFlowDensity(CallbackSupportMixin, DensityMixin, BaseEstimator):
         if not isinstance(networks[0], nn.Module):
             raise TypeError(f"energy must build a torch.nn.Module, got {networks[0]!r}.")
         return SeparateEnergies(networks)
+
+    @contextmanager
+    def _advice_when_out_of_memory(self) -> Iterator[None]:
+        """Turn what torch raises when memory runs out into a MemoryError that says what to try."""
+        try:
+            yield
+        except RuntimeError as error:
+            # On a CPU, torch has no class of its own for it.
+            if not isinstance(error, torch.cuda.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                raise
+            elsewhere = "" if self.device == "cpu" else f", or device='cpu' (now {self.device!r})"
+            raise MemoryError(
+                f"Training ran out of memory. Try a smaller n_chains (now {self.n_chains}), batch_size (now "
+                f"{self.batch_size}), n_estimators (now {self.n_estimators}) or hidden_layer_sizes (now "
+                f"{self.hidden_layer_sizes!r}){elsewhere}."
+            ) from error
 
     def _warn(self) -> None:
         fraction = self.effective_sample_size_
@@ -632,6 +652,13 @@ def _generator(random_state: Any) -> torch.Generator:
         # Fresh entropy: numpy's global state, which check_random_state(None) would advance, is the user's.
         return torch.Generator().manual_seed(int(np.random.SeedSequence().generate_state(1)[0]))
     return torch.Generator().manual_seed(int(check_random_state(random_state).randint(2**31 - 1)))
+
+
+def check_rows(estimator: BaseEstimator, X: Any, *y: Any, **options: Any) -> Any:
+    """Check rows (and labels) as scikit-learn does, and refuse masked values, which it would take for numbers."""
+    if np.ma.is_masked(X):
+        raise ValueError(f"X has {np.ma.count_masked(X)} masked values. Fill them, or drop their rows.")
+    return validate_data(estimator, X, *y, dtype=[np.float64, np.float32], **options)
 
 
 def check_n_samples(n_samples: Any, minimum: int = 1) -> int:

@@ -10,12 +10,13 @@ from scipy.special import logsumexp
 from sklearn.base import BaseEstimator, ClassifierMixin, clone
 from sklearn.utils import check_random_state
 from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import _check_sample_weight, check_is_fitted, has_fit_parameter, validate_data
+from sklearn.utils.validation import _check_sample_weight, check_is_fitted, has_fit_parameter
 
 from sk_ebm._calibration import fit_calibration, no_calibration
-from sk_ebm._density import DOC_LINK, EBMFlowDensity, check_n_samples, restored_on_failure
+from sk_ebm._density import DOC_LINK, EBMFlowDensity, check_n_samples, check_rows, restored_on_failure
 from sk_ebm._draws import draw_samples
 from sk_ebm._log_normalizer import effective_sample_size
+from sk_ebm._persistence import Versioned
 from sk_ebm._stacking import mixture_shares
 
 _TRUSTED_DRAWS = 100
@@ -105,7 +106,7 @@ def class_proportions(
     return ClassProportions(classes, proportions, std_errors)
 
 
-class DensityClassifier(ClassifierMixin, BaseEstimator):
+class DensityClassifier(Versioned, ClassifierMixin, BaseEstimator):
     """Classifier from one density per class that also estimates class proportions under prior shift.
 
     By Bayes' rule a row belongs to class c with probability proportional to prior(c) * p(row | c). Where the
@@ -240,14 +241,14 @@ class DensityClassifier(ClassifierMixin, BaseEstimator):
     def score_samples_by_class(self, X: Any) -> np.ndarray:
         """Return the log density (nats) of each row under each class, shape (n_samples, n_classes)."""
         check_is_fitted(self)
-        return self._score_by_class(validate_data(self, X, dtype=[np.float64, np.float32], reset=False))
+        return self._score_by_class(check_rows(self, X, reset=False))
 
     def _score_by_class(self, X: np.ndarray) -> np.ndarray:
         return np.column_stack([density.score_samples(X) for density in self.densities_])
 
     def _calibrated(self, X: Any) -> np.ndarray:
         """Return the calibrated log density of each row under each class, shape (n_samples, n_classes)."""
-        X = validate_data(self, X, dtype=[np.float64, np.float32], reset=False)
+        X = check_rows(self, X, reset=False)
         return self.calibration_(self._score_by_class(X), X.astype(np.float64, copy=False))
 
     def estimate_proportions(self, X: Any, sample_weight: Any = None) -> ClassProportions:
@@ -309,7 +310,7 @@ class DensityClassifier(ClassifierMixin, BaseEstimator):
         return self.estimate_proportions(X).proportions
 
     def _fit(self, X: Any, y: Any, sample_weight: Any) -> None:
-        X, y = validate_data(self, X, y, dtype=[np.float64, np.float32])
+        X, y = check_rows(self, X, y)
         check_classification_targets(y)
         weight = np.ones(len(X))
         if sample_weight is not None:

@@ -8,6 +8,8 @@ import torch
 
 from sk_ebm._folds import Folds
 
+# Share of the largest weight that is nothing in single precision, in which energies train.
+_NEGLIGIBLE = 1e-12
 # Odd constants of the hash of a row, from the 64-bit variant of Fowler, Noll and Vo.
 _HASH_START = np.uint64(0xCBF29CE484222325)
 _HASH_FACTOR = np.uint64(0x100000001B3)
@@ -23,13 +25,13 @@ def deal_to_folds(
 ) -> tuple[Folds, np.ndarray]:
     """Merge equal rows, shuffle, and deal rows to folds; weights have mean 1 over the different rows.
 
-    Also return where each row of X went, or -1 for a row of weight zero. `names` is what errors call the features.
+    Also return where each row of X went, or -1 for a row of weight zero (or next to it). `names` is what errors call the features.
     """
     is_counted = np.ones(len(X), dtype=bool)
     if sample_weight is not None:
         if not sample_weight.max() > 0:
             raise ValueError("sample_weight is zero for every row; at least two different rows need a positive weight.")
-        is_counted = sample_weight > 0
+        is_counted = sample_weight > _NEGLIGIBLE * sample_weight.max()
         if not is_counted.all():
             X, sample_weight = X[is_counted], sample_weight[is_counted]
         sample_weight = sample_weight / sample_weight.max()

@@ -12,7 +12,7 @@ every_module = pytest.mark.parametrize("module", TREES)
 
 # From the bottom up: a module imports only from layers below its own. One that is not listed is a leaf.
 LAYERS = [
-    {"_types", "_draws", "_progress"},
+    {"_types", "_draws", "_progress", "_version"},
     {
         "_bounds",
         "_kernels",
@@ -24,6 +24,7 @@ LAYERS = [
         "_stacking",
         "_folds",
         "_calibration",
+        "_persistence",
     },
     {"_student_t", "_model", "_rows", "_support"},
     {"_selection"},

@@ -1,0 +1,107 @@
+"""Break the sampler, log Z, the feature map and the training loop one line at a time, and see whether a test fails.
+
+Run ``python benchmarks/mutations.py``. It works on a copy; about ten minutes on two cores.
+"""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+# The tests that are run for a module, and its lines: what stands there, and what breaks it.
+TESTS = {
+    "_kernels": ["test_kernels.py"],
+    "_log_normalizer": ["test_log_normalizer.py"],
+    "_support": ["test_support.py"],
+    "_training": ["test_training.py", "test_faults.py", "test_density.py"],
+}
+MUTATIONS = {
+    "_kernels": [
+        ("- _log_langevin_kernel(state, position, step)", "+ _log_langevin_kernel(state, position, step)"),
+        ("state.position + step * state.grad +", "state.position - step * state.grad +"),
+        ("(2 * step).sqrt() * noise", "step.sqrt() * noise"),
+        ("torch.where(moved, proposal.grad, state.grad)", "proposal.grad"),
+        ("torch.where(is_accepted, proposal.log_density, state.log_density)", "proposal.log_density"),
+        (
+            "_metropolis(log_weight - state.log_weight, generator)",
+            "_metropolis(state.log_weight - log_weight, generator)",
+        ),
+        ("torch.where(proposal.log_weight.isfinite(), proposal.log_weight, -math.inf)", "proposal.log_weight"),
+        ("log_weight.gather(-1, chosen).squeeze(-1)", "log_weight[..., 0]"),
+        ("/ (4 * step)", "/ (2 * step)"),
+    ],
+    "_log_normalizer": [
+        ("(weight.shape[-1] * weight.square().sum(-1))", "weight.square().sum(-1)"),
+        ("logsumexp(-1)) - math.log(n), math.inf", "logsumexp(-1)), math.inf"),
+        ("controls.T.to(weight) - 1", "controls.T.to(weight)"),
+        ("((n - n_fitted) * n)", "(n - n_fitted)"),
+        ("controlled_error < std_error", "controlled_error > std_error"),
+        ("math.log(mean), std_error / mean, fraction", "math.log(mean), std_error, fraction"),
+    ],
+    "_support": [
+        ("logabsdet - scale.log().sum()", "logabsdet + scale.log().sum()"),
+        ("log_det = log_det + log_det_margins", "log_det = log_det - log_det_margins"),
+        ("(log_density + 0.5 * z.square())", "(log_density - 0.5 * z.square())"),
+        (
+            "torch.where(is_below, middle, low), torch.where(is_below, high, middle)",
+            "torch.where(is_below, low, middle), torch.where(is_below, middle, high)",
+        ),
+        ("share = 1 / (n_samples + 1)", "share = 0.0"),
+        ("math.log(total) - 2 * log_likelihood", "math.log(total) + 2 * log_likelihood"),
+        ("shrinkage = min(1.0, 0.1 * d / n_samples)", "shrinkage = 0.0"),
+    ],
+    "_training": [
+        ("(positive_phase - negative_phase)", "(negative_phase - positive_phase)"),
+        (
+            "(energy_at_move[:, chains] - energy_of_chains.detach())",
+            "(energy_of_chains.detach() - energy_at_move[:, chains])",
+        ),
+        ("weight = self.is_trained_on[:, rows]", "weight = torch.ones_like(self.is_trained_on[:, rows])"),
+        ("self.learning_rate /= 2", "self.learning_rate *= 2"),
+        ("self._stale += 1", "self._stale += 2"),
+        ("if bool(norm.isfinite()):", "if True:"),
+        ("    flow.load_state_dict(best)\n", ""),
+        (
+            "self.average.energy(self.judged.rows) - log_normalizer",
+            "self.average.energy(self.judged.rows) + log_normalizer",
+        ),
+    ],
+}
+
+
+def is_caught(copy: Path, module: str, old: str, new: str) -> bool:
+    """Return whether the tests of a module fail once a line of it is broken."""
+    path = copy / "sk_ebm" / f"{module}.py"
+    source = path.read_text()
+    if source.count(old) != 1:
+        raise ValueError(f"{path.name} has {source.count(old)} times {old!r}, not once: bring the list up to date.")
+    path.write_text(source.replace(old, new))
+    try:
+        tests = [f"tests/{name}" for name in TESTS[module]]
+        command = [sys.executable, "-m", "pytest", "-q", "-x", *tests]
+        return subprocess.run(command, cwd=copy, capture_output=True, timeout=1200).returncode == 1
+    finally:
+        path.write_text(source)
+
+
+def main() -> None:
+    """Print what becomes of each mutation."""
+    n_caught = n_tried = 0
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        for part in ("sk_ebm", "tests", "docs", "pyproject.toml"):
+            source = ROOT / part
+            (shutil.copytree if source.is_dir() else shutil.copy)(source, copy / part)
+        for module, mutations in MUTATIONS.items():
+            for old, new in mutations:
+                caught = is_caught(copy, module, old, new)
+                n_caught, n_tried = n_caught + caught, n_tried + 1
+                print(f"{'caught  ' if caught else 'SURVIVED'} {module}: {old.strip()} -> {new.strip()}", flush=True)
+    print(f"{n_caught} of {n_tried} caught")
+
+
+if __name__ == "__main__":
+    main()
