@@ -25,7 +25,7 @@ def deal_to_folds(
 ) -> tuple[Folds, np.ndarray]:
     """Merge equal rows, shuffle, and deal rows to folds; weights have mean 1 over the different rows.
 
-    Also return where each row of X went, or -1 for a row of weight zero (or next to it). `names` is what errors call the features.
+    Also return where each row of X went, or -1 for a row of no weight. `names` is what errors call the features.
     """
     is_counted = np.ones(len(X), dtype=bool)
     if sample_weight is not None:

@@ -1,6 +1,5 @@
 """EBMFlowDensity as a density: normalised, in the user's units, weighted, reproducible, and clear about bad input."""
 
-import random
 import warnings
 from unittest.mock import Mock
 
@@ -241,24 +240,6 @@ def test_failed_fit_leaves_the_previous_model_whole():
         model.fit(np.c_[X, np.ones(60)])
     assert model.n_features_in_ == 2
     np.testing.assert_array_equal(model.score_samples(X), expected)
-
-
-def test_global_state_is_untouched():
-    random.seed(3), np.random.seed(3), torch.manual_seed(3)
-    before = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
-    settings = torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled(), warnings.filters[:]
-    model = quick(base="auto").fit(two_clusters(60, 2))
-    model.score_samples(two_clusters(5, 2))
-    model.sample(5)
-    assert random.getstate() == before[0]
-    assert (np.random.get_state()[1] == before[1]).all()
-    assert torch.equal(torch.get_rng_state(), before[2])
-    assert settings == (
-        torch.get_num_threads(),
-        torch.get_default_dtype(),
-        torch.is_grad_enabled(),
-        warnings.filters[:],
-    )
 
 
 class SteepEnergy(nn.Module):

@@ -129,7 +129,8 @@ def test_scores_do_not_depend_on_chunking(fitted):
 
 def test_grid_search_scores_do_not_depend_on_n_jobs(X):
     searches = [GridSearchCV(quick(), {"alpha": [0.01, 0.1]}, cv=2, n_jobs=n_jobs).fit(X) for n_jobs in (1, 2)]
-    np.testing.assert_allclose(*(search.cv_results_["mean_test_score"] for search in searches), rtol=1e-4)
+    # Bitwise: workers run one torch thread each, and so does this process.
+    np.testing.assert_array_equal(*(search.cv_results_["mean_test_score"] for search in searches))
     assert np.isfinite(searches[0].score(X))
 
 
