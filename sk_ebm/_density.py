@@ -641,9 +641,8 @@ def restored_on_failure(estimator: BaseEstimator) -> Iterator[None]:
 
 
 def _to_tensor(X: np.ndarray) -> torch.Tensor:
-    """Float64 tensor of an array that may be read-only, which torch would warn about sharing."""
-    X = X.astype(np.float64, copy=False)
-    return torch.from_numpy(X if X.flags.writeable else X.copy())
+    """Float64 tensor of a copy: torch shares no memory that is read-only or runs backwards."""
+    return torch.from_numpy(np.array(X, dtype=np.float64, order="C"))
 
 
 def _generator(random_state: Any) -> torch.Generator:
