@@ -18,6 +18,7 @@ extensions = [
 exclude_patterns = ["_build"]
 nitpicky = False
 html_theme = "furo"
+html_show_copyright = False
 html_title = f"sk_ebm {release}"
 
 myst_enable_extensions = ["dollarmath", "amsmath"]

@@ -72,7 +72,9 @@ print(f"halving         {halving.best_score_:.3f} with {halving.best_params_}")
 # Optuna, over continuous ranges.
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
-warnings.filterwarnings("ignore", module="optuna", category=FutureWarning)  # of Optuna, about its own parts
+# What Optuna says of its own parts.
+warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+warnings.filterwarnings("ignore", module="optuna", category=FutureWarning)
 study = OptunaSearchCV(
     search.best_estimator_,
     {
