@@ -295,7 +295,7 @@ class _TrainState:
     def flow_steps(self) -> None:
         """Fit the flow to the chains by forward KL, with some data rows so that it forgets no mode."""
         chains = self.chains.position.flatten(0, 1)
-        n_data = int(_DATA_SHARE_OF_FLOW_BATCH * self.settings.batch_size)
+        n_data = max(1, int(_DATA_SHARE_OF_FLOW_BATCH * self.settings.batch_size))
         for _ in range(self.settings.n_flow_steps):
             rows = self._random_data_rows(n_data)
             picks = torch.randint(
