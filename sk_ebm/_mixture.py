@@ -4,7 +4,7 @@ A row of weight 2 counts twice, a row of weight 0 not at all.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
@@ -22,7 +22,7 @@ _LOST_COUNT = 1e-3
 _MAX_FEATURE_VALUES = 20_000_000
 # Pseudo-counts of the prior that pulls every covariance a little towards a sphere: fits stay positive
 # definite with fewer rows than features.
-_PRIOR_COUNT = 1.0
+PRIOR_COUNT = 1.0
 
 
 class Mixture(Density):
@@ -83,13 +83,23 @@ class Mixture(Density):
         return z
 
 
+def mixture_of_mixtures(mixtures: Sequence[Mixture], shares: torch.Tensor) -> Mixture:
+    """Return the mixture that draws from each of the given ones with its share."""
+    log_proportions = [mixture.log_proportions + share.log() for mixture, share in zip(mixtures, shares, strict=True)]
+    return Mixture(
+        torch.cat(log_proportions),
+        torch.cat([mixture.means for mixture in mixtures]),
+        torch.cat([mixture.scale_trils for mixture in mixtures]),
+    )
+
+
 def fit_gaussian(z: torch.Tensor, weight: torch.Tensor) -> Mixture:
     """Fit one full-covariance Gaussian by weighted maximum a posteriori."""
     total, d = weight.sum(), z.shape[1]
     mean = (weight @ z) / total
     scatter = (weight.unsqueeze(-1) * (z - mean)).T @ (z - mean)
     sphere = (scatter.diagonal().mean() / total).clamp(min=_MIN_VARIANCE) * torch.eye(d, dtype=z.dtype, device=z.device)
-    covariance = (scatter + _PRIOR_COUNT * sphere) / (total + _PRIOR_COUNT)
+    covariance = (scatter + PRIOR_COUNT * sphere) / (total + PRIOR_COUNT)
     return Mixture(mean.new_zeros(1), mean[None], cholesky(covariance)[None])
 
 
@@ -100,6 +110,7 @@ def fit_mixtures(
     *,
     covariance_type: str,
     generator: torch.Generator,
+    prior_count: float = PRIOR_COUNT,
     n_runs: int = 1,
     tol: float = 1e-4,
 ) -> list[Mixture]:
@@ -117,6 +128,8 @@ def fit_mixtures(
         Shape of the component covariances; "tied" ones are the same for every component.
     generator : torch.Generator
         Source of randomness.
+    prior_count : float
+        Rows that the prior of each covariance counts for: the fewer, the narrower a component may become.
     n_runs : int
         Starts per mixture, of which the likeliest fit is kept: EM has local optima.
     tol : float
@@ -126,7 +139,7 @@ def fit_mixtures(
     -------
     list of B Mixture
     """
-    em = _BatchedEM(z, weight.repeat_interleave(n_runs, 0), n_components, covariance_type)
+    em = _BatchedEM(z, weight.repeat_interleave(n_runs, 0), n_components, covariance_type, prior_count)
     log_likelihood = em.run(_kmeans_labels(z, em.weight, n_components, generator), tol)
     best = log_likelihood.reshape(-1, n_runs).argmax(-1) + n_runs * torch.arange(len(weight), device=z.device)
     return [Mixture(em.log_proportions[b], em.means[b], em.scale_trils[b]) for b in best]
@@ -139,8 +152,11 @@ class _BatchedEM:
     them: both steps are one matrix product for all mixtures and components.
     """
 
-    def __init__(self, z: torch.Tensor, weight: torch.Tensor, n_components: int, covariance_type: str) -> None:
+    def __init__(
+        self, z: torch.Tensor, weight: torch.Tensor, n_components: int, covariance_type: str, prior_count: float
+    ) -> None:
         self.z, self.weight, self.n_components, self.covariance_type = z, weight, n_components, covariance_type
+        self.prior_count = prior_count
         self.total = weight.sum(-1)
         self.has_products = covariance_type in ("full", "tied")
         d = z.shape[1]
@@ -228,11 +244,11 @@ class _BatchedEM:
         total = self.total.reshape(-1, 1, 1, 1)
         within = scatter.sum(1, keepdim=True)
         sphere = (_mean_diagonal(within) / total).clamp(min=_MIN_VARIANCE) * eye
-        pooled = (within + _PRIOR_COUNT * sphere) / (total + _PRIOR_COUNT)
+        pooled = (within + self.prior_count * sphere) / (total + self.prior_count)
         if self.covariance_type.startswith("tied"):
             covariances = pooled.expand_as(scatter)
         else:
-            covariances = (scatter + _PRIOR_COUNT * pooled) / (counts + _PRIOR_COUNT)
+            covariances = (scatter + self.prior_count * pooled) / (counts + self.prior_count)
         if self.covariance_type.endswith("spherical"):
             covariances = _mean_diagonal(covariances) * eye
         return covariances

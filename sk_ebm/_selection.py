@@ -1,14 +1,15 @@
 """Cross-fitted candidates: choose the feature map and the bases by the likelihood of rows they have not seen."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
 
 from sk_ebm._folds import Folds
-from sk_ebm._mixture import COVARIANCE_TYPES, fit_gaussian, fit_mixtures
+from sk_ebm._mixture import COVARIANCE_TYPES, PRIOR_COUNT, Mixture, fit_gaussian, fit_mixtures, mixture_of_mixtures
+from sk_ebm._stacking import mixture_shares
 from sk_ebm._student_t import fit_student_t
 from sk_ebm._support import FeatureMap, fit_feature_map
 from sk_ebm._types import Density
@@ -22,6 +23,9 @@ _MAX_SEARCH_ROWS = 3000
 _HOPELESS = 0.5
 # Standard errors of the paired difference within which two settings of a mixture count as equally good.
 _PARSIMONY = 0.5
+# Where so many rows share the value of a feature, components as narrow as the rounding may be worth a try, which the
+# prior of their covariances would forbid.
+_MIN_SHARE_OF_ATOM, _MIN_ROWS_OF_ATOM, _PRIOR_COUNT_AT_ATOMS, _MIN_SHARE_AT_ATOMS = 0.02, 5, 1e-6, 0.05
 # EM has local optima: the mixture chosen is fitted several times, and the likeliest fit is kept.
 _FINAL_RUNS = 3
 
@@ -130,8 +134,9 @@ class _MixtureSettings(NamedTuple):
 
     frame: torch.Tensor
     covariance_type: str
-    n_components: int
+    prior_count: float
     n_frame_parameters: int
+    n_components: int = 1
 
     def fit(self, z: torch.Tensor, weights: torch.Tensor, generator: torch.Generator, **options: Any) -> list[Density]:
         """Fit one mixture per set of weights; the options are those of `fit_mixtures`."""
@@ -140,6 +145,7 @@ class _MixtureSettings(NamedTuple):
             weights,
             self.n_components,
             covariance_type=self.covariance_type,
+            prior_count=self.prior_count,
             generator=generator,
             **options,
         )
@@ -157,17 +163,40 @@ class _MixtureSettings(NamedTuple):
 
 
 def _search_mixture(data: Folds, feature_map: FeatureMap, generator: torch.Generator) -> Bases:
-    """Choose the size and covariance of a Gaussian mixture by held-out likelihood, then cross-fit it."""
+    """Cross-fit the best Gaussian mixture; where values repeat, mix it with the best one that may be narrow there."""
+    plain = _cross_fit_best_mixture(data, _shapes(feature_map), generator)
+    shapes_at_atoms = _shapes_at_atoms(feature_map, data.rows)
+    if not shapes_at_atoms:
+        return plain
+    narrow = _cross_fit_best_mixture(data, shapes_at_atoms, generator)
+    weight = data.held_out_weight().sum(0)
+    held_out = torch.stack([_held_out_log_prob(bases.members, data) for bases in (plain, narrow)])
+    shares = mixture_shares(held_out, weight)
+    if shares[1] < _MIN_SHARE_AT_ATOMS:
+        return plain
+    both = zip(cast("list[Mixture]", plain.members), cast("list[Mixture]", narrow.members), strict=True)
+    members: list[Density] = [mixture_of_mixtures(mixtures, shares) for mixtures in both]
+    return Bases(members, float(weight @ (held_out + shares.log().unsqueeze(-1)).logsumexp(0) / weight.sum()))
+
+
+def _held_out_log_prob(members: Sequence[Density], data: Folds) -> torch.Tensor:
+    """Return the log density (nats) of each row under the member that has not seen it, or the last if all have."""
+    member = data.fold.clamp(max=data.n_members - 1)
+    return _member_log_prob(members, data.rows)[member, torch.arange(len(data.rows))]
+
+
+def _cross_fit_best_mixture(data: Folds, shapes: Sequence[_MixtureSettings], generator: torch.Generator) -> Bases:
+    """Choose the size and shape of a Gaussian mixture by held-out likelihood, then cross-fit it."""
     sample = data.subset(_MAX_SEARCH_ROWS)
     is_held_out = sample.held_out_weight() > 0
     weight = sample.held_out_weight()[is_held_out]
     # With few features EM is cheap and its likelihood is bumpy in the number of components; with many, neither.
     patience = 5 if data.rows.shape[1] <= 3 else 2
     tried: list[tuple[_MixtureSettings, torch.Tensor]] = []
-    for frame, covariance_type, n_frame_parameters in _frames(feature_map):
+    for shape in shapes:
         best_of_type, stale = -math.inf, 0
         for n_components in _sizes(sample):
-            settings = _MixtureSettings(frame, covariance_type, n_components, n_frame_parameters)
+            settings = shape._replace(n_components=n_components)
             members = settings.fit(sample.rows, sample.train_weight(), generator, tol=1e-3)
             held_out = _member_log_prob(members, sample.rows)[is_held_out]
             tried.append((settings, held_out))
@@ -195,24 +224,33 @@ def _most_frugal_of_the_best(
     return min(equally_good, key=lambda entry: entry[:2])[-1]
 
 
-def _frames(feature_map: FeatureMap) -> Iterator[tuple[torch.Tensor, str, int]]:
-    """Yield coordinates, as the matrix that leads there from z, in which a covariance type is worth trying.
+def _shapes(feature_map: FeatureMap) -> list[_MixtureSettings]:
+    """Return the shapes of a covariance worth trying, in the coordinates in which they are.
 
     "Spherical" means something else in the user's units than in standardised ones, whose scales are parameters that
-    the data have fixed; their number comes last.
+    the data have fixed.
     """
     standardised = feature_map.unwhitener
     d = len(standardised)
-    if d == 1:
-        yield standardised, "full", 0
-        yield standardised, "tied", 0
-        return
-    for covariance_type in COVARIANCE_TYPES:
-        yield standardised, covariance_type, d - 1
-    if feature_map.margins is None:
+    types = COVARIANCE_TYPES if d > 1 else ("full", "tied")
+    shapes = [_MixtureSettings(standardised, covariance_type, PRIOR_COUNT, d - 1) for covariance_type in types]
+    if d > 1 and feature_map.margins is None:
         users_units = standardised * (feature_map.scale / feature_map.scale.log().mean().exp())
-        for covariance_type in ("spherical", "tied_spherical"):
-            yield users_units, covariance_type, 0
+        shapes += [_MixtureSettings(users_units, name, PRIOR_COUNT, 0) for name in ("spherical", "tied_spherical")]
+    return shapes
+
+
+def _shapes_at_atoms(feature_map: FeatureMap, z: torch.Tensor) -> list[_MixtureSettings]:
+    """Return the shapes of a covariance that may be narrow, if many rows share the value of a feature."""
+    standardised = feature_map.unwhitener
+    # Rounded, because z has gone there and back.
+    values = (1e8 * (z @ standardised)).round()
+    n_rows = max(int(torch.unique(column, return_counts=True)[1].max()) for column in values.T)
+    if n_rows < max(_MIN_ROWS_OF_ATOM, _MIN_SHARE_OF_ATOM * len(z)):
+        return []
+    d = len(standardised)
+    types = ("full", "diag") if d > 1 else ("full",)
+    return [_MixtureSettings(standardised, name, _PRIOR_COUNT_AT_ATOMS, d - 1) for name in types]
 
 
 def _fit_own_base(fit: FitBase, z: torch.Tensor, weight: torch.Tensor) -> Density:

@@ -6,8 +6,8 @@ import torch
 from sklearn.mixture import GaussianMixture
 
 from sk_ebm._folds import Folds
-from sk_ebm._mixture import fit_gaussian
-from sk_ebm._selection import choose_feature_map, cross_fit, cross_fit_bases
+from sk_ebm._mixture import fit_gaussian, mixture_of_mixtures
+from sk_ebm._selection import _shapes_at_atoms, choose_feature_map, cross_fit, cross_fit_bases
 from sk_ebm._support import fit_feature_map
 
 NAMES = ("gaussian", "student_t", "mixture")
@@ -79,3 +79,29 @@ def test_normal_scores_are_taken_where_they_help(rng, generator, shape):
     X = np.exp(1.3 * X) if shape == "skewed" else X
     feature_map, _ = choose_feature_map(folds(X), NAMES, generator)
     assert (feature_map.margins is not None) == (shape == "skewed")
+
+
+def test_values_that_repeat_get_narrow_components(rng, generator, monkeypatch):
+    X = rng.normal(size=(300, 2))
+    X[rng.random(300) < 0.3, 0] = 1.0
+    data = folds(X)
+    feature_map = fit_feature_map(data.rows, data.weight, use_margins=False)
+    narrow = cross_fit_bases(data, ["mixture"], feature_map, generator)["mixture"]
+    rows = zip(feature_map(data.rows)[0], data.fold, strict=True)
+    slow = [float(narrow.members[int(k)].log_prob(z[None])) for z, k in rows]
+    monkeypatch.setattr("sk_ebm._selection._shapes_at_atoms", lambda *arguments: [])
+    plain = cross_fit_bases(data, ["mixture"], feature_map, generator)["mixture"]
+    assert narrow.score == pytest.approx(np.mean(slow))
+    assert narrow.score > plain.score + 0.5
+
+
+def test_values_that_do_not_repeat_get_no_narrow_components(rng):
+    data = folds(rng.normal(size=(300, 2)))
+    assert not _shapes_at_atoms(fit_feature_map(data.rows, data.weight, use_margins=False), data.rows)
+
+
+def test_a_mixture_of_mixtures_is_one(rng):
+    parts = [fit_gaussian(torch.from_numpy(rng.normal(size=(30, 2))), torch.ones(30).double()) for _ in range(2)]
+    shares, z = torch.tensor([0.3, 0.7]).double(), torch.from_numpy(rng.normal(size=(9, 2)))
+    expected = shares @ torch.stack([part.log_prob(z).exp() for part in parts])
+    torch.testing.assert_close(mixture_of_mixtures(parts, shares).log_prob(z).exp(), expected)
