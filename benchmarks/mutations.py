@@ -86,7 +86,9 @@ def is_caught(copy: Path, module: str, old: str, new: str) -> bool:
         # No compiled files: two versions of a line may be of one size and one second.
         environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(copy)}
         done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, timeout=1200)
-        return done.returncode == 1
+        if b" failed" not in done.stdout and b" passed" not in done.stdout:
+            raise RuntimeError(f"The tests did not run: {done.stdout[-500:]!r} {done.stderr[-500:]!r}")
+        return b" failed" in done.stdout
     finally:
         path.write_text(source)
 
