@@ -49,7 +49,7 @@ def estimate_log_normalizer(log_weight: torch.Tensor, controls: torch.Tensor | N
     n = log_weight.shape[-1]
     fraction = float(effective_sample_size(log_weight))
     if fraction == 0 or n == 1:
-        return LogNormalizer(float(log_weight.cpu().double().logsumexp(-1)) - math.log(n), math.inf, fraction)
+        return LogNormalizer(float(log_weight.cpu().double().amax(-1)), math.inf, fraction)
     scale = float(log_weight.max())
     weight = (log_weight.cpu().double() - scale).exp()
     mean, std_error = _mean_and_std_error(weight, weight.new_empty(n, 0))

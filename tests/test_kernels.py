@@ -284,12 +284,12 @@ def test_mala_leaves_a_position_outside_the_support():
     assert bool(state.log_density.isfinite().all())
 
 
-def test_imh_rejects_a_nan_weight_and_leaves_a_zero_weight():
-    here = GlobalState(torch.zeros(3, 1), torch.tensor([0.0, -math.inf, -math.inf]))
-    there = GlobalState(torch.ones(3, 1), torch.tensor([math.nan, -5.0, -math.inf]))
+def test_imh_rejects_a_weight_that_is_not_finite_and_leaves_a_zero_weight():
+    here = GlobalState(torch.zeros(4, 1), torch.tensor([0.0, 0.0, -math.inf, -math.inf]))
+    there = GlobalState(torch.ones(4, 1), torch.tensor([math.nan, math.inf, -5.0, -math.inf]))
     state, info = imh_step(here, there, generator=seeded())
-    assert info.is_accepted.tolist() == [False, True, False]
-    torch.testing.assert_close(state.log_weight, torch.tensor([0.0, -5.0, -math.inf]))
+    assert info.is_accepted.tolist() == [False, False, True, False]
+    torch.testing.assert_close(state.log_weight, torch.tensor([0.0, 0.0, -5.0, -math.inf]))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

@@ -147,3 +147,16 @@ def test_whitening_keeps_the_axes_of_uncorrelated_features():
     z = fit(x, use_margins=False)(x)[0]
     correlation = torch.corrcoef(torch.cat([x, z], dim=-1).T)[:4, 4:]
     assert float((correlation - torch.eye(4)).abs().max()) < 0.05
+
+
+def test_normal_scores_are_nowhere_flat():
+    """Halfway between two narrow modes there is next to no mass, but the map must be invertible there."""
+    x = torch.cat([-1 + 0.01 * normal(200, 1), 1 + 0.01 * normal(200, 1, seed=1)])
+    _, log_det = fit(x, use_margins=True)(torch.zeros(1, 1).double())
+    assert float(log_det) > -15
+
+
+def test_whitening_of_few_rows_keeps_new_rows_near():
+    """Ten rows say nothing about most directions of thirty: as if they were narrow, new rows would be far out."""
+    z = fit(normal(10, 30), use_margins=False)(normal(100, 30, seed=1))[0]
+    assert float(z.square().mean()) < 30
