@@ -16,6 +16,8 @@ _MODEL, _DATA, _OTHERS = "#0072B2", "#D55E00", ("#009E73", "#CC79A7", "#E69F00",
 # Contours enclose these shares of the density.
 _MASSES = (0.99, 0.95, 0.8, 0.6, 0.4, 0.2)
 # Margin of a grid beyond the data, as a share of their range.
+# What is in view counts as all of the density above this share, the grid being coarse.
+_WHOLE = 0.97
 _MARGIN = 0.1
 _MAX_SHOWN_ROWS = 2000
 
@@ -144,7 +146,15 @@ class DensityDisplay:
             self._plot_curve()
         else:
             self._plot_contours()
+        share = self._share_in_view()
+        if share < _WHOLE:
+            self.ax_.set_title(f"{share:.0%} of the density is in view", fontsize="medium")
         return self
+
+    def _share_in_view(self) -> float:
+        """Return the integral of the density over the grid, at most one."""
+        assert self.axes is not None and self.density is not None
+        return min(1.0, float(self.density.sum() * np.prod([axis[1] - axis[0] for axis in self.axes])))
 
     def _plot_curve(self) -> None:
         assert self.axes is not None and self.density is not None
@@ -172,6 +182,8 @@ class DensityDisplay:
         assert self.axes is not None and self.density is not None
         ax = self.ax_
         levels, masses = _levels_of_mass(self.density)
+        share = self._share_in_view()
+        masses = [share * mass if share < _WHOLE else mass for mass in masses]
         mesh = self.axes[0], self.axes[1], self.density.T
         # Evenly spaced colours: the density itself may fall by orders of magnitude from band to band.
         colors = _pyplot().get_cmap("Blues")(np.linspace(0.15, 0.95, len(levels)))

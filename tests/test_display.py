@@ -72,6 +72,17 @@ def test_contours_enclose_what_they_say(rows, fitted):
 
 
 @pytest.mark.parametrize("density", [GaussianMixture(2, random_state=0), KernelDensity()])
+@pytest.mark.parametrize("n_features", [1, 2])
+def test_a_picture_says_how_much_of_the_density_it_shows(rows, n_features):
+    X = rows[:, :n_features]
+    wide, narrow = (
+        DensityDisplay.from_estimator(KernelDensity(bandwidth=bandwidth).fit(X), X).ax_ for bandwidth in (5.0, 0.1)
+    )
+    assert "of the density is in view" in wide.get_title()
+    assert 5 < int(wide.get_title().split("%")[0]) < 60
+    assert narrow.get_title() == ""
+
+
 def test_more_features_are_a_corner_plot(rows, density):
     display = DensityDisplay.from_estimator(density.fit(rows), rows, n_samples=300, random_state=0)
     assert display.axes_.shape == (4, 4)
