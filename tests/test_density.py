@@ -270,7 +270,7 @@ def test_low_effective_sample_size_warns_with_the_remedy(monkeypatch):
     # Energies so steep are scaled down otherwise.
     monkeypatch.setattr("sk_ebm._fitting._SCALES", (1.0,))
     with pytest.warns(LowEffectiveSampleSizeWarning, match="effective sample size.*Try"):
-        quick(energy=SteepEnergy, max_iter=1).fit(two_clusters(60, 10))
+        quick(energy=SteepEnergy, max_iter=1, flow="affine").fit(two_clusters(100, 50))
 
 
 def test_energies_too_steep_for_the_proposals_are_scaled_down():
