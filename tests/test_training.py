@@ -1,6 +1,7 @@
 """The training loop: stopping rule, restoring the best, backing off, and fitting flows."""
 
 import math
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from sk_ebm._flow import make_flow
 from sk_ebm._folds import Folds
 from sk_ebm._mixture import fit_gaussian
 from sk_ebm._model import TiltedEnsemble
-from sk_ebm._training import Monitor, Outcome, TrainSettings, fit_flow, train
+from sk_ebm._training import Monitor, Outcome, TrainSettings, _descend, _TrainState, fit_flow, train
 
 SETTINGS = {
     "max_iter": 20,
@@ -192,3 +193,30 @@ def test_flow_fit_returns_the_best_held_out_score():
     with torch.no_grad():
         assert score == pytest.approx(float(flow.log_prob(data.rows[is_held_out]).mean()), abs=1e-4)
     assert score > data.held_out_mean(problem()[0].base_log_prob(data.rows)) + 0.2
+
+
+def test_flow_fit_of_few_rows_goes_back_to_before_it_learnt_them_by_heart():
+    _, flow, data, generator = problem()
+    held_out = 1.0 * (data.fold == 0)
+    few = (1 - held_out) * (torch.arange(len(data.rows)) < 20)
+    score = fit_flow(flow, data.rows, few, held_out, max_steps=300, batch_size=128, generator=generator)
+    with torch.no_grad():
+        assert score == pytest.approx(float(flow.log_prob(data.rows[held_out > 0]).mean()), abs=1e-4)
+
+
+def test_a_gradient_that_is_no_number_takes_no_step():
+    parameter = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    _descend((parameter * math.nan).sum(), optimizer, [parameter])
+    assert parameter.tolist() == [1, 1]
+    _descend(parameter.sum(), optimizer, [parameter])
+    assert parameter.tolist() == pytest.approx([0.9, 0.9])
+
+
+def test_backing_off_returns_to_the_best_energies_at_half_the_rate():
+    best = nn.Linear(2, 1)
+    state = Mock(learning_rate=0.4, model=Mock(energies=nn.Linear(2, 1)), average=Mock(energies=nn.Linear(2, 1)))
+    _TrainState.back_off(state, Mock(energies=best))
+    assert state.learning_rate == pytest.approx(0.2)
+    for target in (state.model, state.average):
+        assert torch.equal(target.energies.weight, best.weight)
