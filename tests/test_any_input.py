@@ -159,7 +159,7 @@ def test_any_table_is_fitted_right_or_refused_clearly(X):
     scores, draws = model.score_samples(X), model.sample(30, random_state=0)
     assert np.isfinite(scores).all()
     assert np.isfinite(draws).all()
-    assert np.isfinite(model.score_samples(draws)).all()
+    assert np.isfinite(model.score_samples(frame(draws) if isinstance(X, pd.DataFrame) else draws)).all()
     assert np.isfinite([model.log_normalizer_, model.log_normalizer_std_error_, model.effective_sample_size_]).all()
     values = np.asarray(X, dtype=np.float64)
     # Draws lie where the rows lie, up to tails.
