@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import nn
 
 from sk_ebm._types import Density
 
@@ -113,6 +112,7 @@ def fit_mixtures(
     prior_count: float = PRIOR_COUNT,
     n_runs: int = 1,
     tol: float = 1e-4,
+    labels: torch.Tensor | None = None,
 ) -> list[Mixture]:
     """Fit one Gaussian mixture per set of weights by EM from k-means++ starts.
 
@@ -134,13 +134,17 @@ def fit_mixtures(
         Starts per mixture, of which the likeliest fit is kept: EM has local optima.
     tol : float
         EM stops when the mean log-likelihood (nats) of every fit gains less than this.
+    labels : tensor of shape (B * n_runs, n), default=None
+        Components of the rows to start from, as `kmeans_labels` finds them; None finds them here.
 
     Returns
     -------
     list of B Mixture
     """
     em = _BatchedEM(z, weight.repeat_interleave(n_runs, 0), n_components, covariance_type, prior_count)
-    log_likelihood = em.run(_kmeans_labels(z, em.weight, n_components, generator), tol)
+    if labels is None:
+        labels = kmeans_labels(z, em.weight, n_components, generator)
+    log_likelihood = em.run(labels, tol)
     best = log_likelihood.reshape(-1, n_runs).argmax(-1) + n_runs * torch.arange(len(weight), device=z.device)
     return [Mixture(em.log_proportions[b], em.means[b], em.scale_trils[b]) for b in best]
 
@@ -163,6 +167,7 @@ class _BatchedEM:
         index = torch.triu_indices(d, d, device=z.device) if self.has_products else torch.arange(d).expand(2, d)
         self.row, self.column = index[0].to(z.device), index[1].to(z.device)
         self.chunk = max(1, _MAX_FEATURE_VALUES // (len(self.row) + d + 1))
+        self.all_features = self._features(z) if len(z) <= self.chunk else None
 
     def run(self, labels: torch.Tensor, tol: float) -> torch.Tensor:
         """Iterate from hard labels (B, n); return the mean log-likelihoods (B,)."""
@@ -182,17 +187,16 @@ class _BatchedEM:
     def _moments_of(self, labels: torch.Tensor) -> torch.Tensor:
         """Return the summed features (B, k, F) of the rows of each label."""
         moments = self.z.new_zeros(())
-        for z, weight, label in self._chunks(labels):
-            mass = weight.unsqueeze(1) * nn.functional.one_hot(label, self.n_components).mT
-            moments = moments + (mass.flatten(0, 1) @ self._features(z))
+        for features, weight, label in self._chunks(labels):
+            mass = _mass_by_label(label, weight, self.n_components)
+            moments = moments + (mass.flatten(0, 1) @ features)
         return moments.reshape(len(self.weight), self.n_components, -1)
 
     def _expect(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the summed features (B, k, F) weighted by responsibility, and the mean log-likelihoods (B,)."""
         coefficients = self._coefficients()
         moments, log_likelihood = self.z.new_zeros(()), self.z.new_zeros(())
-        for z, weight, _ in self._chunks(self.weight):
-            features = self._features(z)
+        for features, weight, _ in self._chunks(self.weight):
             joint = (coefficients @ features.T).reshape(len(weight), self.n_components, -1)
             log_prob = joint.logsumexp(1, keepdim=True)
             log_likelihood = log_likelihood + (weight * log_prob.squeeze(1)).sum(-1)
@@ -201,12 +205,13 @@ class _BatchedEM:
         return moments.reshape(len(self.weight), self.n_components, -1), log_likelihood / self.total
 
     def _chunks(self, extra: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        return zip(
-            self.z.split(self.chunk),
-            self.weight.split(self.chunk, dim=1),
-            extra.split(self.chunk, dim=1),
-            strict=True,
-        )
+        """Yield the features of some rows, their weights and what else belongs to them."""
+        if self.all_features is not None:
+            yield self.all_features, self.weight, extra
+            return
+        parts = self.z.split(self.chunk), self.weight.split(self.chunk, dim=1), extra.split(self.chunk, dim=1)
+        for z, weight, own in zip(*parts, strict=True):
+            yield self._features(z), weight, own
 
     def _coefficients(self) -> torch.Tensor:
         """Return log(proportion) + log density of every component as coefficients (B k, F) of the features."""
@@ -254,9 +259,7 @@ class _BatchedEM:
         return covariances
 
 
-def _kmeans_labels(
-    z: torch.Tensor, weight: torch.Tensor, n_components: int, generator: torch.Generator
-) -> torch.Tensor:
+def kmeans_labels(z: torch.Tensor, weight: torch.Tensor, n_components: int, generator: torch.Generator) -> torch.Tensor:
     """Return labels (B, n) of the best of a few k-means runs for each set of weights (B, n)."""
     if n_components == 1:
         return torch.zeros(weight.shape, dtype=torch.long, device=z.device)
@@ -265,13 +268,19 @@ def _kmeans_labels(
     center = _kmeans_plus_plus(z, runs, n_components, generator)
     for _ in range(_KMEANS_ITER):
         label = _nearest(z, center)
-        mass = runs.unsqueeze(1) * nn.functional.one_hot(label, n_components).mT
+        mass = _mass_by_label(label, runs, n_components)
         counts = mass.sum(-1, keepdim=True)
         center = torch.where(counts > 0, (mass @ z) / counts.clamp(min=1e-12), center)
     near = center.gather(1, label.unsqueeze(-1).expand(-1, -1, z.shape[1]))
     inertia = (runs * (square + near.square().sum(-1) - 2 * (near * z).sum(-1))).sum(-1)
     best = inertia.reshape(-1, _KMEANS_RUNS).argmin(-1) + _KMEANS_RUNS * torch.arange(len(weight), device=z.device)
     return label[best]
+
+
+def _mass_by_label(label: torch.Tensor, weight: torch.Tensor, n_labels: int) -> torch.Tensor:
+    """Return the weight of each row (B, n) in the row of its label, zero in the others: shape (B, n_labels, n)."""
+    mass = weight.new_zeros(len(weight), n_labels, weight.shape[1])
+    return mass.scatter_(1, label.unsqueeze(1), weight.unsqueeze(1))
 
 
 def _nearest(z: torch.Tensor, center: torch.Tensor) -> torch.Tensor:

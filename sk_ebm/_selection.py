@@ -8,7 +8,15 @@ import torch
 from torch import nn
 
 from sk_ebm._folds import Folds
-from sk_ebm._mixture import COVARIANCE_TYPES, PRIOR_COUNT, Mixture, fit_gaussian, fit_mixtures, mixture_of_mixtures
+from sk_ebm._mixture import (
+    COVARIANCE_TYPES,
+    PRIOR_COUNT,
+    Mixture,
+    fit_gaussian,
+    fit_mixtures,
+    kmeans_labels,
+    mixture_of_mixtures,
+)
 from sk_ebm._stacking import mixture_shares
 from sk_ebm._student_t import fit_student_t
 from sk_ebm._support import FeatureMap, fit_feature_map
@@ -193,11 +201,16 @@ def _cross_fit_best_mixture(data: Folds, shapes: Sequence[_MixtureSettings], gen
     # With few features EM is cheap and its likelihood is bumpy in the number of components; with many, neither.
     patience = 5 if data.rows.shape[1] <= 3 else 2
     tried: list[tuple[_MixtureSettings, torch.Tensor]] = []
+    # Shapes that are meant in the same coordinates start from the same labels.
+    labels: dict[tuple[int, int], torch.Tensor] = {}
     for shape in shapes:
         best_of_type, stale = -math.inf, 0
         for n_components in _sizes(sample):
             settings = shape._replace(n_components=n_components)
-            members = settings.fit(sample.rows, sample.train_weight(), generator, tol=1e-3)
+            start = id(shape.frame), n_components
+            if start not in labels:
+                labels[start] = kmeans_labels(sample.rows @ shape.frame, sample.train_weight(), n_components, generator)
+            members = settings.fit(sample.rows, sample.train_weight(), generator, tol=1e-3, labels=labels[start])
             held_out = _member_log_prob(members, sample.rows)[is_held_out]
             tried.append((settings, held_out))
             score = float(weight @ held_out) / float(weight.sum())
