@@ -19,6 +19,8 @@ from sk_ebm._bounds import make_bounds
 from sk_ebm._energy import MLPEnergies, SeparateEnergies, resolve_hidden_layer_sizes
 from sk_ebm._fitting import FitSettings, FittedModel, fit_model
 from sk_ebm._flow import make_flow
+from sk_ebm._folds import Folds
+from sk_ebm._parallel import DistributedGroup, Group
 from sk_ebm._persistence import Versioned
 from sk_ebm._progress import ProgressLine
 from sk_ebm._rows import deal_to_folds
@@ -124,6 +126,10 @@ class EBMFlowDensity(Versioned, CallbackSupportMixin, DensityMixin, BaseEstimato
     device : str, default="auto"
         Torch device of the training: "auto" (CUDA if there is any, else the CPU), "cpu", "cuda", "cuda:1", "mps".
         The fitted model always lives on the CPU.
+    distributed : bool, default=False
+        Whether to train one model together with the other processes of torch.distributed's default group, each of
+        which calls `fit` with rows of its own and the same parameters. Gradients are averaged over all of them, chains
+        and proposals are each process's own, and all end with the same model.
     warm_start : bool, default=False
         Whether to start from the energies and the flows of the previous fit, on the same bases and feature map.
         Needs the same X, dealt to the same folds, and unchanged parameters of the model.
@@ -219,6 +225,7 @@ class EBMFlowDensity(Versioned, CallbackSupportMixin, DensityMixin, BaseEstimato
         "n_chains": [Interval(Integral, 1, None, closed="left")],
         "n_local_steps": [Interval(Integral, 0, None, closed="left")],
         "device": [str],
+        "distributed": ["boolean"],
         "warm_start": ["boolean"],
         "random_state": ["random_state"],
         "verbose": ["verbose"],
@@ -252,6 +259,7 @@ class EBMFlowDensity(Versioned, CallbackSupportMixin, DensityMixin, BaseEstimato
         n_chains: int = 512,
         n_local_steps: int = 1,
         device: str = "auto",
+        distributed: bool = False,
         warm_start: bool = False,
         random_state: int | np.random.RandomState | None = None,
         verbose: int = 0,
@@ -275,6 +283,7 @@ class EBMFlowDensity(Versioned, CallbackSupportMixin, DensityMixin, BaseEstimato
         self.n_chains = n_chains
         self.n_local_steps = n_local_steps
         self.device = device
+        self.distributed = distributed
         self.warm_start = warm_start
         self.random_state = random_state
         self.verbose = verbose
@@ -415,27 +424,17 @@ class EBMFlowDensity(Versioned, CallbackSupportMixin, DensityMixin, BaseEstimato
     def _fit(self, X: Any, y: Any, sample_weight: Any) -> None:
         self._validate_params()
         previous = self._previous_fit()
-        X = check_rows(self, X, ensure_min_samples=2, reset=previous is None)
-        if sample_weight is not None:
-            sample_weight = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
-        generator = _generator(self.random_state)
+        group = DistributedGroup() if self.distributed else Group()
+        generator = torch.Generator().manual_seed(group.from_first(lambda: _seed(self.random_state)))
         if previous is None:
             self._fold_seed = int(torch.randint(2**62, (1,), generator=generator))
-        folds_generator = torch.Generator().manual_seed(self._fold_seed)
-        data, position = deal_to_folds(
-            X,
-            sample_weight,
-            self.validation_fraction,
-            self.n_estimators,
-            folds_generator,
-            getattr(self, "feature_names_in_", None),
-        )
-        if previous is not None and data.n_members != len(previous.candidates[0].model):
-            raise ValueError(
-                f"warm_start goes on with the {len(previous.candidates[0].model)} energies of the previous fit, but "
-                f"{len(data.rows)} different rows are enough for {data.n_members}. Use the same X, or set "
-                "warm_start=False."
-            )
+        with group.failing_together():
+            X = check_rows(self, X, ensure_min_samples=2, reset=previous is None)
+            if sample_weight is not None:
+                sample_weight = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
+            data, position = self._deal(X, sample_weight, previous)
+        if len(set(group.gather((X.shape[1], data.n_members)))) > 1:
+            raise ValueError("The processes have rows of different numbers of features, or some too few rows.")
         history: list[dict[str, Any]] = []
         progress = ProgressLine(sys.stdout, self.max_iter) if self.verbose else None
         callbacks = _Callbacks(self, X, y)
@@ -447,14 +446,36 @@ class EBMFlowDensity(Versioned, CallbackSupportMixin, DensityMixin, BaseEstimato
             return callbacks.check(lambda: _fitted_attributes(model_now(), list(history)))
 
         try:
-            fitted, out_of_bag = fit_model(data, self._settings(data.rows), generator, report, previous)
+            settings = self._settings(data.rows, group, len(X) if sample_weight is None else sample_weight.sum())
+            fitted, out_of_bag = fit_model(data, settings, generator, report, previous)
         finally:
             if progress:
                 progress.close()
+        history = group.from_first(lambda: history)
         self._fitted = fitted
         self.__dict__.update(_fitted_attributes(fitted, history))
         self.oob_log_density_ = np.where(position >= 0, out_of_bag.numpy()[position], np.nan)
         callbacks.end()
+
+    def _deal(
+        self, X: np.ndarray, sample_weight: np.ndarray | None, previous: FittedModel | None
+    ) -> tuple[Folds, np.ndarray]:
+        """Deal the rows to folds, in the same way whenever the seed of the folds is the same."""
+        data, position = deal_to_folds(
+            X,
+            sample_weight,
+            self.validation_fraction,
+            self.n_estimators,
+            torch.Generator().manual_seed(self._fold_seed),
+            getattr(self, "feature_names_in_", None),
+        )
+        if previous is not None and data.n_members != len(previous.candidates[0].model):
+            raise ValueError(
+                f"warm_start goes on with the {len(previous.candidates[0].model)} energies of the previous fit, but "
+                f"{len(data.rows)} different rows are enough for {data.n_members}. Use the same X, or set "
+                "warm_start=False."
+            )
+        return data, position
 
     def _previous_fit(self) -> FittedModel | None:
         """Return the fit to go on from, if `warm_start` asks for one, after checking that it is the same model."""
@@ -476,8 +497,8 @@ class EBMFlowDensity(Versioned, CallbackSupportMixin, DensityMixin, BaseEstimato
         self._model_parameters = model_parameters
         return previous
 
-    def _settings(self, rows: torch.Tensor) -> FitSettings:
-        n_samples, n_features = rows.shape
+    def _settings(self, rows: torch.Tensor, group: Group, total_weight: float) -> FitSettings:
+        n_samples, n_features = sum(group.gather(len(rows))), rows.shape[1]
         hidden, rate = self.hidden_layer_sizes, self.learning_rate
         sizes = resolve_hidden_layer_sizes(n_samples) if isinstance(hidden, str) else _check_sizes(hidden)
         return FitSettings(
@@ -501,6 +522,8 @@ class EBMFlowDensity(Versioned, CallbackSupportMixin, DensityMixin, BaseEstimato
                 early_stopping=self.early_stopping,
                 n_iter_no_change=self.n_iter_no_change,
                 tol=self.tol,
+                group=group,
+                data_share=total_weight * group.size / sum(group.gather(total_weight)),
             ),
         )
 
@@ -645,12 +668,17 @@ def _to_tensor(X: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.array(X, dtype=np.float64, order="C"))
 
 
-def _generator(random_state: Any) -> torch.Generator:
-    """CPU generator whose seed comes from scikit-learn's `random_state`."""
+def _seed(random_state: Any) -> int:
+    """Draw a seed from scikit-learn's `random_state`."""
     if random_state is None:
         # Fresh entropy: numpy's global state, which check_random_state(None) would advance, is the user's.
-        return torch.Generator().manual_seed(int(np.random.SeedSequence().generate_state(1)[0]))
-    return torch.Generator().manual_seed(int(check_random_state(random_state).randint(2**31 - 1)))
+        return int(np.random.SeedSequence().generate_state(1)[0])
+    return int(check_random_state(random_state).randint(2**31 - 1))
+
+
+def _generator(random_state: Any) -> torch.Generator:
+    """CPU generator whose seed comes from scikit-learn's `random_state`."""
+    return torch.Generator().manual_seed(_seed(random_state))
 
 
 def check_rows(estimator: BaseEstimator, X: Any, *y: Any, **options: Any) -> Any:

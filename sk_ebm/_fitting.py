@@ -105,13 +105,17 @@ def fit_model(
 
     With a previous fit, its feature map, bases, energies and flows are where training goes on from.
     """
+    group, share = settings.train.group, settings.train.data_share
     if previous is None:
-        feature_map, bases = _feature_map_and_bases(data, settings, generator)
+        fit_rows = data.sample_of_all(MAX_FIT_ROWS, group, share)
+        feature_map, bases = group.from_first(lambda: _feature_map_and_bases(fit_rows, settings, generator))
     else:
         feature_map, bases = previous.feature_map, {}
+    # The first process alone has drawn numbers for that.
+    generator.set_state(group.from_first(generator.get_state))
     z, log_det_rows = _to_z(data, feature_map)
-    log_det = float(data.weight @ log_det_rows / data.weight.sum())
-    std_error = _worthwhile_std_error(data)
+    log_det = sum(group.gather(share * float(data.weight @ log_det_rows / data.weight.sum()))) / group.size
+    std_error = _worthwhile_std_error(sum(group.gather(len(data.rows))))
 
     def report_check(name: str, check: dict[str, float], now: Callable[[], Candidate]) -> bool:
         def model_now() -> FittedModel:
@@ -129,10 +133,12 @@ def fit_model(
     candidates = [candidate for candidate in trained if candidate.result.outcome is not Outcome.LEFT_BEHIND]
     candidates = trainer.temper(candidates)
     held_out, is_covered = trainer.held_out_log_prob(candidates)
-    shares = stacking_shares(held_out[:, :MAX_JUDGED_ROWS], data.weight[:MAX_JUDGED_ROWS], is_covered)
+    judged = trainer.judged.weight.cpu().double()
+    shares = stacking_shares(trainer.of_judged(held_out), judged, is_covered)
     share_of = {c.name: 0.0 for c in trained} | {c.name: share for c, share in zip(candidates, shares, strict=True)}
     left_behind = [candidate for candidate in trained if candidate.result.outcome is Outcome.LEFT_BEHIND]
-    fitted = _assemble(feature_map, [*candidates, *left_behind], share_of, log_det, generator, std_error)
+    candidates = [*candidates, *left_behind]
+    fitted = group.from_first(lambda: _assemble(feature_map, candidates, share_of, log_det, generator, std_error))
     log_shares = torch.tensor(shares, dtype=torch.float64).log().unsqueeze(-1)
     return fitted, (log_shares + held_out).logsumexp(0) + log_det_rows
 
@@ -172,9 +178,9 @@ def estimate_log_normalizer_of(
     return estimate
 
 
-def _worthwhile_std_error(data: Folds) -> float:
+def _worthwhile_std_error(n_rows: int) -> float:
     """Return an error of log Z (nats) that is small against what n rows say about the log-likelihood, 1 / sqrt(n)."""
-    return min(0.01, max(0.001, 0.15 / math.sqrt(len(data.rows))))
+    return min(0.01, max(0.001, 0.15 / math.sqrt(n_rows)))
 
 
 @contextmanager
@@ -208,9 +214,12 @@ class _Trainer:
             data.fold.to(settings.device),
             data.n_members,
         )
-        self.judged = self.data.subset(MAX_JUDGED_ROWS)
-        self.device_generator = torch.Generator(settings.device)
-        self.device_generator.manual_seed(int(torch.randint(2**62, (1,), generator=generator)))
+        self.group = settings.train.group
+        self.judged = self.data.sample_of_all(MAX_JUDGED_ROWS, self.group, settings.train.data_share)
+        seed = int(torch.randint(2**62, (1,), generator=generator))
+        # What processes that train together draw apart, and what they draw in common.
+        self.device_generator = torch.Generator(settings.device).manual_seed(seed + self.group.rank)
+        self.common_generator = torch.Generator(settings.device).manual_seed(seed + self.group.size)
 
     def train_candidates(self, bases: dict[str, Bases]) -> list[Candidate]:
         """Train energies on each base, and on a base of flows when `base` asks for one or it promises to win."""
@@ -281,7 +290,7 @@ class _Trainer:
         One factor for all members of a candidate makes rows most likely; a member that the proposals do not cover even
         so is scaled down further.
         """
-        pool = draw_pool(_joint_proposal(candidates), _STACKING_DRAWS, self.device_generator)
+        pool = draw_pool(_joint_proposal(candidates), _STACKING_DRAWS, self.common_generator)
         weight = self.judged.held_out_weight()
         tempered = []
         for candidate in candidates:
@@ -313,7 +322,7 @@ class _Trainer:
         The result has shape (C, n), in float64 on the CPU; it is nan for rows that every member has seen. With it
         comes whether the proposals cover all members of a candidate, shape (C,).
         """
-        pool = draw_pool(_joint_proposal(candidates), _STACKING_DRAWS, self.device_generator)
+        pool = draw_pool(_joint_proposal(candidates), _STACKING_DRAWS, self.common_generator)
         held_out = torch.full((len(candidates), len(self.data.rows)), math.nan, dtype=torch.float64)
         are_covered = torch.empty(len(candidates), dtype=torch.bool)
         rows_of_member = [(self.data.fold == k).nonzero().squeeze(-1) for k in range(self.data.n_members)]
@@ -326,6 +335,10 @@ class _Trainer:
             for k, rows in enumerate(rows_of_member):
                 held_out[c, rows.cpu()] = log_prob[k, : len(rows)]
         return held_out, are_covered
+
+    def of_judged(self, log_prob: torch.Tensor) -> torch.Tensor:
+        """Return what belongs to the judged rows of all processes, given it for the rows of this one, (..., n)."""
+        return self.group.cat(log_prob[..., : max(1, MAX_JUDGED_ROWS // self.group.size)])
 
     def _member_log_normalizers(
         self, model: TiltedEnsemble, pool: Pool, candidates: list[Candidate]
@@ -361,7 +374,8 @@ class _Trainer:
         is_held_out = self.data.fold == held_out_fold
         weight = self.data.weight * ~is_held_out
         # In double precision, as all bases.
-        gaussian = fit_gaussian(self.judged.rows.cpu().double(), weight[:MAX_JUDGED_ROWS].cpu().double())
+        judged = self.judged.weight * (self.judged.fold != held_out_fold)
+        gaussian = fit_gaussian(self.judged.rows.cpu().double(), judged.cpu().double())
         flow.start_at(gaussian.means[0].to(self.data.rows), gaussian.scale_trils[0].to(self.data.rows))
         return fit_flow(
             flow,
@@ -371,6 +385,7 @@ class _Trainer:
             max_steps=min(_FLOW_STEPS, self.settings.train.max_iter * self.settings.train.steps_per_iter),
             batch_size=self.settings.train.batch_size,
             generator=self.device_generator,
+            group=self.group,
         )
 
 

@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 import torch
 
+from sk_ebm._parallel import Group
+
 
 class Folds(NamedTuple):
     """Rows (n, d) with weights (n,) and fold numbers (n,); member k of K never sees the rows of fold k."""
@@ -33,3 +35,13 @@ class Folds(NamedTuple):
     def subset(self, n_rows: int) -> "Folds":
         """Return the first rows; folds are random, so these are a random sample."""
         return Folds(self.rows[:n_rows], self.weight[:n_rows], self.fold[:n_rows], self.n_members)
+
+    def sample_of_all(self, n_rows: int, group: Group, share: float) -> "Folds":
+        """Return up to `n_rows` rows of all processes together, the same in each; this one's count `share` each."""
+        mine = self.subset(max(1, n_rows // group.size))
+        if group.size == 1:
+            return mine
+        parts = group.gather((mine.rows.cpu(), share * mine.weight.cpu(), mine.fold.cpu()))
+        device = self.rows.device
+        rows, weight, fold = (torch.cat([part[j] for part in parts]).to(device) for j in range(3))
+        return Folds(rows, weight, fold, self.n_members)

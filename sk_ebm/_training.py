@@ -4,7 +4,7 @@ import copy
 import enum
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from torch import nn
 from sk_ebm._folds import Folds
 from sk_ebm._log_normalizer import estimate_log_normalizer
 from sk_ebm._model import TiltedEnsemble
+from sk_ebm._parallel import Group
 from sk_ebm._sampler import (
     Chains,
     Pool,
@@ -77,6 +78,9 @@ class TrainSettings:
     n_negative: int = 256
     validate_every: int = 5
     min_effective_sample_size: float = 0.02
+    # The processes that train together, and how much a row of this one counts, 1 in the mean over processes.
+    group: Group = field(default_factory=Group)
+    data_share: float = 1.0
 
 
 class TrainResult(NamedTuple):
@@ -164,18 +168,21 @@ def train(
     monitor = Monitor(settings)
     n_iter, rounds_at_gate = 0, 0
     check = state.validate(0)
+    group = settings.group
     if not math.isfinite(check["validation_log_likelihood"]):
         raise ValueError(
             "The energy is not finite on all rows before training. Check the energy for overflow, or use the default."
         )
     monitor.record(check, state.snapshot)
-    outcome = Outcome.STOPPED if report(check, state.snapshot) else None
+    # Whatever decides how training goes on is decided in one process, or they would part ways.
+    outcome = Outcome.STOPPED if group.from_first(lambda: report(check, state.snapshot)) else None
     quarter = max(settings.max_iter // 4, settings.validate_every)
     try:
         while outcome is None:
             pool = state.propose()
             state.move_chains(pool)
-            if float(pool_effective_sample_size(model, pool)) >= settings.min_effective_sample_size:
+            pool_size = min(group.gather(float(pool_effective_sample_size(model, pool))))
+            if pool_size >= settings.min_effective_sample_size:
                 rounds_at_gate = 0
                 state.energy_steps()
             else:
@@ -190,7 +197,7 @@ def train(
                     outcome = Outcome.NON_FINITE
                     break
                 monitor.record(check, state.snapshot)
-                if report(check, state.snapshot):
+                if group.from_first(lambda check=check: report(check, state.snapshot)):  # type: ignore[misc]
                     outcome = Outcome.STOPPED
                     break
             outcome = monitor.reason_to_stop()
@@ -201,6 +208,9 @@ def train(
             elif outcome is None and n_iter == settings.max_iter:
                 outcome = Outcome.MAX_ITER
     except KeyboardInterrupt:
+        if group.size > 1:
+            # The other processes would wait for this one for ever.
+            raise
         outcome = Outcome.INTERRUPTED
     best_model, best_flow = monitor.best
     return TrainResult(
@@ -224,7 +234,7 @@ class _TrainState:
         self.average = model.frozen_copy()
         self.is_trained_on = (data.train_weight() > 0).to(data.rows.dtype)
         self.has_equal_weights = bool((data.weight == data.weight[0]).all())
-        self.judged = data.subset(MAX_JUDGED_ROWS)
+        self.judged = data.sample_of_all(MAX_JUDGED_ROWS, settings.group, settings.data_share)
         self.base_log_prob = model.base_log_prob(self.judged.rows)
         self.energy_parameters = [p for p in model.energies.parameters() if p.requires_grad]
         self.energy_optimizer = torch.optim.AdamW(
@@ -272,8 +282,9 @@ class _TrainState:
             drift_weight = (energy_at_move[:, chains] - energy_of_chains.detach()).softmax(-1)
             negative_phase = (drift_weight * energy_of_chains).sum(-1)
             # A small batch may hold no row that a member trains on.
-            loss = ((positive_phase - negative_phase) * (weight.sum(-1) > 0)).sum()
-            _descend(loss, self.energy_optimizer, self.energy_parameters)
+            gap = self.settings.data_share * positive_phase - negative_phase
+            loss = (gap * (weight.sum(-1) > 0)).sum()
+            _descend(loss, self.energy_optimizer, self.energy_parameters, self.settings.group)
             self._update_average()
 
     def _random_data_rows(self, n_picked: int) -> torch.Tensor:
@@ -305,14 +316,19 @@ class _TrainState:
                 device=chains.device,
             )
             loss = -self.flow.log_prob(torch.cat([chains[picks], self.data.rows[rows]])).mean()
-            _descend(loss, self.flow_optimizer, self.flow.parameters())
+            _descend(loss, self.flow_optimizer, list(self.flow.parameters()), self.settings.group)
 
-    @torch.no_grad()
     def validate(self, iteration: int) -> dict[str, float]:
         """Return held-out and training log-likelihood per row (nats) of the averaged energies."""
-        pool = draw_pool(self.proposal, 4 * self.settings.pool_size, self.generator)
+        group = self.settings.group
+        pool = draw_pool(self.proposal, max(1, 4 * self.settings.pool_size // group.size), self.generator)
+        log_weight, controls = group.cat(pool_log_weight(self.average, pool)), group.cat(pool.controls)
+        return group.from_first(lambda: self._judge(iteration, log_weight, controls))
+
+    @torch.no_grad()
+    def _judge(self, iteration: int, log_weight: torch.Tensor, controls: torch.Tensor) -> dict[str, float]:
         acceptance = self.acceptance_rate()
-        estimates = [estimate_log_normalizer(w, pool.controls) for w in pool_log_weight(self.average, pool)]
+        estimates = [estimate_log_normalizer(of_member, controls) for of_member in log_weight]
         log_normalizer = torch.tensor([e.value for e in estimates]).to(self.data.rows)
         log_prob = self.base_log_prob - self.average.energy(self.judged.rows) - log_normalizer.unsqueeze(-1)
         train_weight = self.judged.train_weight()
@@ -342,8 +358,8 @@ class _TrainState:
         warm_up = min(1.0, self.n_energy_steps / 50)
         progress = min(1.0, self.n_energy_steps / (settings.max_iter * settings.steps_per_iter))
         rate = self.learning_rate * warm_up * (0.5 * (1 + math.cos(math.pi * progress)) + 0.01)
-        for group in self.energy_optimizer.param_groups:
-            group["lr"] = rate
+        for parameters in self.energy_optimizer.param_groups:
+            parameters["lr"] = rate
 
     @torch.no_grad()
     def _update_average(self) -> None:
@@ -361,6 +377,7 @@ def fit_flow(
     max_steps: int,
     batch_size: int,
     generator: torch.Generator,
+    group: Group,
 ) -> float:
     """Fit a flow to weighted rows by maximum likelihood, stop when the held-out rows say so, restore the best.
 
@@ -376,27 +393,32 @@ def fit_flow(
     for step in range(max_steps + 1):
         if step % _FLOW_CHECK_EVERY == 0:
             with torch.no_grad():
-                score = float((weight_held_out * flow.log_prob(z_held_out)).sum() / weight_held_out.sum())
+                mine = float((weight_held_out * flow.log_prob(z_held_out)).sum()), float(weight_held_out.sum())
+                total, total_weight = map(sum, zip(*group.gather(mine), strict=True))
+                score = total / total_weight
             if score > best_score:
                 best_score, best, stale = score, copy.deepcopy(flow.state_dict()), 0
             else:
                 stale += 1
             if stale >= _FLOW_PATIENCE or not math.isfinite(score):
                 break
-        for group in optimizer.param_groups:
+        for parameters in optimizer.param_groups:
             warm_up, progress = min(1.0, (step + 1) / _FLOW_CHECK_EVERY), step / max(max_steps, 1)
-            group["lr"] = _FLOW_FIT_LEARNING_RATE * warm_up * 0.5 * (1 + math.cos(math.pi * progress))
+            parameters["lr"] = _FLOW_FIT_LEARNING_RATE * warm_up * 0.5 * (1 + math.cos(math.pi * progress))
         rows = torch.multinomial(weight, batch_size, replacement=True, generator=generator)
         loss = -flow.log_prob(z[rows]).mean()
-        _descend(loss, optimizer, flow.parameters())
+        _descend(loss, optimizer, list(flow.parameters()), group)
     flow.load_state_dict(best)
     return best_score
 
 
-def _descend(loss: torch.Tensor, optimizer: torch.optim.Optimizer, parameters: Iterable[torch.Tensor]) -> None:
+def _descend(
+    loss: torch.Tensor, optimizer: torch.optim.Optimizer, parameters: Sequence[torch.Tensor], group: Group
+) -> None:
     """Take one clipped gradient step, or none where the gradient is not finite; validation then sees what is wrong."""
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
+    group.average_gradients(parameters)
     norm = nn.utils.clip_grad_norm_(parameters, _MAX_GRAD_NORM)
     if bool(norm.isfinite()):
         optimizer.step()
