@@ -3,14 +3,15 @@
 The packages come with the extra `integrations`; without them these tests skip.
 """
 
+import joblib
 import numpy as np
 import pytest
 from sklearn.base import clone
 from sklearn.datasets import make_blobs, make_moons
 from sklearn.metrics import roc_auc_score
-from sklearn.model_selection import train_test_split
+from sklearn.model_selection import GridSearchCV, train_test_split
 
-from sk_ebm import EBMFlowDensity
+from sk_ebm import DensityClassifier, EBMFlowDensity
 
 # Third-party packages warn of their own future.
 pytestmark = pytest.mark.filterwarnings("ignore:::(?!sk_ebm)")
@@ -145,3 +146,40 @@ def test_polars_frame(moons):
     np.testing.assert_array_equal(density.score_samples(frame), quick().fit(moons[0]).score_samples(moons[0]))
     with pytest.raises(ValueError, match="feature names"):
         density.score_samples(frame.rename({"up": "down"}))
+
+
+@pytest.fixture(scope="module")
+def dask_workers():
+    """Two processes on this machine."""
+    dask_distributed = pytest.importorskip("dask.distributed")
+    address = {"host": "127.0.0.1", "dashboard_address": None}
+    with (
+        dask_distributed.LocalCluster(n_workers=2, threads_per_worker=1, **address) as cluster,
+        dask_distributed.Client(cluster) as client,
+    ):
+        yield client
+
+
+def test_dask_array_is_scored_by_blocks(moons, dask_workers):
+    dask_array = pytest.importorskip("dask.array")
+    density = quick().fit(moons[0])
+    rows = dask_array.from_array(moons[0], chunks=(250, 2))
+    scores = rows.map_blocks(density.score_samples, drop_axis=1, dtype=float, meta=np.empty(0))
+    np.testing.assert_allclose(scores.compute(), density.score_samples(moons[0]), rtol=0, atol=1e-9)
+
+
+def test_grid_search_on_dask_finds_what_it_finds_here(moons, dask_workers):
+    search = GridSearchCV(quick(), {"alpha": [0.1, 0.5]}, cv=2, refit=False)
+    here = clone(search).fit(moons[0]).cv_results_["mean_test_score"]
+    with joblib.parallel_config("dask"):
+        there = clone(search).fit(moons[0]).cv_results_["mean_test_score"]
+    # A worker may have another number of threads, and so other last bits.
+    np.testing.assert_allclose(there, here, rtol=0.05)
+
+
+def test_class_proportions_on_dask(moons, dask_workers):
+    X, y = moons
+    classifier = DensityClassifier(quick(), random_state=0)
+    with joblib.parallel_config("dask"):
+        found = classifier.fit(X, y).estimate_proportions(X[y == 0][:100])
+    assert found.proportions[0] > 0.9
