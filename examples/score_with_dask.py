@@ -34,7 +34,9 @@ def main() -> None:
         scores = grid.map_blocks(density.score_samples, drop_axis=1, dtype=float, meta=np.empty(0)).persist()
         print("mass on the square:", float((25 * np.exp(scores)).mean().compute()))
         rows = np.asarray(grid[::50_000])
-        print("as without Dask:", np.allclose(scores[::50_000].compute(), density.score_samples(rows), rtol=0, atol=1e-8))
+        print(
+            "as without Dask:", np.allclose(scores[::50_000].compute(), density.score_samples(rows), rtol=0, atol=1e-8)
+        )
 
 
 if __name__ == "__main__":

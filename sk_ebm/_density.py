@@ -20,7 +20,7 @@ from sk_ebm._energy import MLPEnergies, SeparateEnergies, resolve_hidden_layer_s
 from sk_ebm._fitting import FitSettings, FittedModel, fit_model
 from sk_ebm._flow import make_flow
 from sk_ebm._folds import Folds
-from sk_ebm._parallel import DistributedGroup, Group
+from sk_ebm._parallel import ALONE, DistributedGroup, Group
 from sk_ebm._persistence import Versioned
 from sk_ebm._progress import ProgressLine
 from sk_ebm._rows import deal_to_folds
@@ -387,7 +387,7 @@ class EBMFlowDensity(Versioned, CallbackSupportMixin, DensityMixin, BaseEstimato
         check_is_fitted(self)
         n_samples, generator = check_n_samples(n_samples), _generator(random_state)
         z = draw_from_density(self.density_, self.proposal_, n_samples, generator)
-        return torch.cat([self.feature_map_.inverse(part) for part in z.split(CHUNK)]).numpy()
+        return torch.cat([self.feature_map_.inverse(part) for part in z.split(_POOL_CHUNK)]).numpy()
 
     def importance_sample(self, n_samples: int = 1000, random_state: Any = None) -> tuple[np.ndarray, np.ndarray]:
         """Draw independent rows with importance weights, for expectations under the fitted density.
@@ -424,7 +424,7 @@ class EBMFlowDensity(Versioned, CallbackSupportMixin, DensityMixin, BaseEstimato
     def _fit(self, X: Any, y: Any, sample_weight: Any) -> None:
         self._validate_params()
         previous = self._previous_fit()
-        group = DistributedGroup() if self.distributed else Group()
+        group = DistributedGroup() if self.distributed else ALONE
         generator = torch.Generator().manual_seed(group.from_first(lambda: _seed(self.random_state)))
         if previous is None:
             self._fold_seed = int(torch.randint(2**62, (1,), generator=generator))

@@ -4,7 +4,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Lock
 from typing import NamedTuple
 
@@ -238,6 +238,8 @@ class _Trainer:
 
     def train_on(self, previous: list[Candidate]) -> list[Candidate]:
         """Go on with the candidates of a previous fit; once the user ends it, the others stay as they were."""
+        # These energies are no start from nothing: a high learning rate costs them at first.
+        settings = replace(self.settings.train, n_iter_first_gain=self.settings.train.n_iter_no_change)
         candidates: list[Candidate] = []
         for old in previous:
             if candidates and candidates[-1].result.outcome in ENDED_BY_USER:
@@ -245,7 +247,7 @@ class _Trainer:
                 flow = copy.deepcopy(old.flow).to(self.settings.device, torch.float32)
                 candidates.append(old._replace(model=model, flow=flow))
             else:
-                candidates.append(self.train(old.name, old.model, old.flow))
+                candidates.append(self.train(old.name, old.model, old.flow, settings))
         return candidates
 
     def _is_promising(self, flow_score: float, bases: dict[str, Bases], candidates: list[Candidate]) -> bool:
@@ -257,7 +259,14 @@ class _Trainer:
         best_gain = max(c.result.held_out_log_likelihood for c in candidates) - bases["gaussian"].score
         return flow_gain > max(best_gain + _MIN_FLOW_LEAD, _MIN_FLOW_GAIN)
 
-    def train(self, name: str, model: TiltedEnsemble, flow: Density, rival_score: float = -math.inf) -> Candidate:
+    def train(
+        self,
+        name: str,
+        model: TiltedEnsemble,
+        flow: Density,
+        settings: TrainSettings,
+        rival_score: float = -math.inf,
+    ) -> Candidate:
         """Train copies of the model's energies and of the flow."""
         model = copy.deepcopy(model).to(self.settings.device, torch.float32)
         flow = copy.deepcopy(flow).to(self.settings.device, torch.float32).requires_grad_(True)
@@ -276,7 +285,7 @@ class _Trainer:
             model,
             flow,
             self.data,
-            self.settings.train,
+            settings,
             self.device_generator,
             report,
             rival_score,
@@ -288,7 +297,7 @@ class _Trainer:
         """Scale energies down where held-out rows become clearly more likely, or where the proposals ask for it.
 
         One factor for all members of a candidate makes rows most likely; a member that the proposals do not cover even
-        so is scaled down further.
+        so is scaled down further. Energies that make no row clearly more likely are switched off.
         """
         pool = draw_pool(_joint_proposal(candidates), _STACKING_DRAWS, self.common_generator)
         weight = self.judged.held_out_weight()
@@ -298,7 +307,7 @@ class _Trainer:
             log_base = model.base_log_prob(self.judged.rows)
             score, is_covered = torch.empty(len(_SCALES), len(model)), torch.empty(len(_SCALES), len(model))
             for s, scale in enumerate(_SCALES):
-                model.scale.fill_(scale)
+                model.rescale(scale)
                 log_normalizer, is_covered[s] = self._member_log_normalizers(model, pool, candidates)
                 log_prob = model.log_density(self.judged.rows, log_base) - log_normalizer.unsqueeze(-1)
                 score[s] = (weight * log_prob).sum(-1) / weight.sum()
@@ -310,7 +319,11 @@ class _Trainer:
                 total = float(score[allowed, members].sum())
                 if total > best_score + self.settings.train.tol:
                     chosen, best_score = allowed, total
-            model.scale.copy_(torch.tensor(_SCALES)[chosen])
+            untilted = float(score[-1].sum())
+            if untilted >= best_score - self.settings.train.tol:
+                # What the energies add is not worth the time that they take to evaluate.
+                chosen, best_score = torch.full_like(chosen, len(_SCALES) - 1), untilted
+            model.rescale(torch.tensor(_SCALES)[chosen])
             result = candidate.result._replace(held_out_log_likelihood=best_score)
             tempered.append(candidate._replace(result=result))
         return tempered
@@ -354,7 +367,7 @@ class _Trainer:
         with seeded_modules(self.generator):
             energies = self.settings.make_energies(len(bases), self.data.rows.shape[1])
         _check_energies(energies, self.data.rows[:2].cpu())
-        return self.train(name, TiltedEnsemble(bases, energies), flow, rival_score)
+        return self.train(name, TiltedEnsemble(bases, energies), flow, self.settings.train, rival_score)
 
     def _make_flow(self) -> CouplingFlow:
         with seeded_modules(self.generator):

@@ -34,6 +34,7 @@ class CouplingFlow(Density):
         Layers of normflows; `inverse` maps data towards noise and `forward` maps noise towards data.
     """
 
+    is_slow = True
     mean: torch.Tensor
     scale_tril: torch.Tensor
     whitener: torch.Tensor

@@ -39,6 +39,7 @@ class TiltedEnsemble(nn.Module):
         self.energies = energies
         # Less than one where the networks promise more than held-out rows keep.
         self.register_buffer("scale", torch.ones(len(bases)))
+        self.is_flat = False
         self.register_buffer("log_normalizers", torch.zeros(len(bases)))
         # A user's energy may hold parameters that are not to be trained.
         self._is_trained = [parameter.requires_grad for parameter in energies.parameters()]
@@ -46,11 +47,18 @@ class TiltedEnsemble(nn.Module):
     def __len__(self) -> int:
         return len(self.bases)
 
+    def rescale(self, scale: torch.Tensor | float) -> None:
+        """Multiply the energies of the networks by factors of shape (K,), or one for all; zero switches them off."""
+        self.scale.copy_(torch.as_tensor(scale))
+        self.is_flat = not bool((self.scale > 0).any())
+
     def energy(self, z: torch.Tensor) -> torch.Tensor:
         """Return every member's energy at shared rows z (n, d), or at its own rows z (K, m, d).
 
         The result has shape (K, n) or (K, m).
         """
+        if self.is_flat:
+            return z.new_zeros(len(self), z.shape[-2])
         scale = self.scale.unsqueeze(-1)
         # Scaled by zero, even an infinite energy is none.
         return torch.where(scale > 0, scale * self.energies(_into_ball(z)), 0.0)
@@ -73,6 +81,8 @@ class TiltedEnsemble(nn.Module):
         It takes `log_normalizers`, each member's log Z_k (nats), shape (K,), for known.
         """
         log_base = self.base_log_prob(z) if log_base is None else log_base
+        if self.is_flat:
+            return log_base.logsumexp(0) - math.log(len(self))
         energy = self.energy(z) + self.log_normalizers.unsqueeze(-1)
         # A base without mass at z has no say, even if its energy is infinite there.
         share = log_base.softmax(0).nan_to_num(nan=0.0)
@@ -83,12 +93,13 @@ class TiltedEnsemble(nn.Module):
         """Return a copy, on the same bases, whose energies no longer train."""
         frozen = TiltedEnsemble(list(self.bases), copy.deepcopy(self.energies).requires_grad_(False))
         frozen._is_trained = self._is_trained
-        frozen.scale, frozen.log_normalizers = self.scale.clone(), self.log_normalizers.clone()
+        frozen.rescale(self.scale)
+        frozen.log_normalizers = self.log_normalizers.clone()
         return frozen
 
     def thaw(self) -> None:
         """Let the energies train again, unscaled, but for those parameters that were not trained from the start."""
-        self.scale.fill_(1.0)
+        self.rescale(1.0)
         for parameter, is_trained in zip(self.energies.parameters(), self._is_trained, strict=True):
             parameter.requires_grad_(is_trained)
 

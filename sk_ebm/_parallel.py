@@ -37,6 +37,9 @@ class Group:
         """Replace the gradient of each parameter by its mean over the processes."""
 
 
+ALONE = Group()
+
+
 class DistributedGroup(Group):
     """The default group of torch.distributed, whose processes all call the same methods in the same order."""
 

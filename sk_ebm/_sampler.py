@@ -1,5 +1,6 @@
 """Draws from the model: the defensive proposal, the pool of its draws, and chains with local and global moves."""
 
+import copy
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -10,6 +11,7 @@ import torch
 from sk_ebm._kernels import GlobalState, Info, LogDensityAndGrad, imh_step, init_local, isir_step, mala_step
 from sk_ebm._log_normalizer import effective_sample_size
 from sk_ebm._model import StackedDensity, TiltedEnsemble
+from sk_ebm._stacking import mixture_shares
 from sk_ebm._types import Density, ModuleList
 
 LogDensity = Callable[[torch.Tensor], torch.Tensor]
@@ -17,10 +19,13 @@ LogDensity = Callable[[torch.Tensor], torch.Tensor]
 TARGET_ACCEPTANCE = 0.6
 _DEFENSIVE_FRACTION = 0.3
 _SAMPLE_CHUNK = 8192
+# Proposals that tell how to draw, the effective sample size that makes the bases alone good enough, and the least share
+# of the proposals that goes to all of them alike.
+_PILOT, _LEAST_LEAN_SAMPLE_SIZE, _LEAST_SHARE = 4096, 0.15, 0.1
+# Proposals per draw, of which the least that leaves few enough draws to repeat an earlier one is taken.
+_CAPS, _MAX_REPEATED = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0), 0.01
 # Rows evaluated at once: few enough for hidden layers to stay in the cache of a processor.
 CHUNK = 1024
-_POOL_PER_DRAW = 4
-_MIN_POOL = 2048
 _SEPARATION_STEPS = (0.1, 0.03, 0.01, 0.003)
 
 
@@ -258,15 +263,73 @@ def start_chains(model: TiltedEnsemble, pool: Pool, n_chains: int, generator: to
 def draw_from_density(
     density: StackedDensity, proposal: MixtureProposal, n_samples: int, generator: torch.Generator
 ) -> torch.Tensor:
-    """Draw rows from a density: resample a larger pool of proposals by weight, then move every draw locally."""
+    """Draw rows from a density: keep each proposal as often as its weight asks, then move those kept twice apart.
+
+    A weight is rounded up or down at random, so that every proposal is kept as often as it should be on average. With
+    weights below the cap, the draws are those of rejection sampling.
+    """
+    # Rounding to single precision is nothing beside the noise of the weights.
+    density, proposal = copy.deepcopy((density, proposal))
+    density.float(), proposal.float()
+    proposal, log_cap, n_per_draw = _prepare_sampling(density, proposal, generator)
     draws: list[torch.Tensor] = []
-    for start in range(0, n_samples, _SAMPLE_CHUNK):
-        n = min(_SAMPLE_CHUNK, n_samples - start)
-        pool = draw_pool(proposal, max(_MIN_POOL, _POOL_PER_DRAW * n), generator)
-        probability = _probability(log_weight(density, pool))
-        index = torch.multinomial(probability, n, replacement=True, generator=generator)
-        draws += [_separate(density.log_density, part, generator) for part in pool.position[index].split(CHUNK)]
-    return torch.cat(draws)
+    n_left = n_samples
+    while n_left > 0:
+        pool = draw_pool(proposal, min(_SAMPLE_CHUNK, math.ceil(1.1 * n_per_draw * n_left) + 16), generator)
+        weight = (log_weight(density, pool) - log_cap).exp().nan_to_num(nan=1.0).clamp(max=n_left)
+        n_kept = (weight + torch.rand(weight.shape, generator=generator)).floor().long()
+        index = torch.arange(len(n_kept)).repeat_interleave(n_kept)[:n_left]
+        position = pool.position[index]
+        is_repeat = torch.zeros(len(index), dtype=torch.bool)
+        is_repeat[1:] = index[1:] == index[:-1]
+        if is_repeat.any():
+            parts = position[is_repeat].split(CHUNK)
+            position[is_repeat] = torch.cat([_separate(density.log_density, part, generator) for part in parts])
+        draws.append(position)
+        n_left -= len(position)
+    return torch.cat(draws).double()
+
+
+def _prepare_sampling(
+    density: StackedDensity, proposal: MixtureProposal, generator: torch.Generator
+) -> tuple[MixtureProposal, float, float]:
+    """Choose what to propose from, and a cap of the log weights below which a proposal is kept once at most.
+
+    Bases are far cheaper than flows. Mixed with the shares that suit the density, they often propose well enough; if
+    not, the whole proposal does. Also return how many proposals make one draw.
+    """
+    pool = draw_pool(proposal, _PILOT, generator)
+    probability = _probability(log_weight(density, pool))
+    bases = [base for ensemble in density.ensembles for base in ensemble.bases]
+    cheap = [
+        j
+        for j, component in enumerate(pool.components)
+        if component in bases and not getattr(component, "is_slow", False)
+    ]
+    if cheap:
+        shares = mixture_shares(pool.component_log_prob[cheap], probability)
+        # No component is left out: the density may need it where the pilot did not look.
+        shares = (1 - _LEAST_SHARE) * shares + _LEAST_SHARE / len(cheap)
+        lean = MixtureProposal([pool.components[j] for j in cheap], shares.tolist())
+        lean_pool = draw_pool(lean, _PILOT, generator)
+        weight = log_weight(density, lean_pool)
+        if float(effective_sample_size(weight)) > _LEAST_LEAN_SAMPLE_SIZE:
+            return lean, *_cap(weight)
+    return proposal, *_cap(log_weight(density, pool))
+
+
+def _cap(log_weight: torch.Tensor) -> tuple[float, float]:
+    """Return the cap of the log weights, and how many proposals make one draw."""
+    largest = float(log_weight.max())
+    if not math.isfinite(largest):
+        # No draw is any good, so each is as good as any other.
+        return -math.inf, 1.0
+    weight = (log_weight.double() - largest).exp()
+    for factor in _CAPS:
+        cap = factor * float(weight.mean())
+        if float((weight - cap).clamp(min=0).sum()) <= _MAX_REPEATED * float(weight.sum()):
+            break
+    return largest + math.log(cap), factor
 
 
 def _separate(log_density: LogDensity, position: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

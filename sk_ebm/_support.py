@@ -17,6 +17,8 @@ _WIDE_SCALE = 2.0
 _SIZE_PATIENCE = 2
 _MAX_GROUPS = 1000
 _N_BISECTIONS = 50
+# Grid of normal scores on which the inverse of a margin is tabulated, and how it is mended between the knots.
+_N_KNOTS, _LAST_KNOT, _N_NEWTON_STEPS, _MAX_ERROR = 1000, 6.0, 2, 1e-10
 
 
 class FeatureMap(nn.Module):
@@ -107,13 +109,38 @@ class MarginalMap(nn.Module):
 
     def forward(self, s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Map s of shape (n, d) to normal scores; also return the summed log derivative, shape (n,)."""
+        z, log_slope = self._score_and_log_slope(s)
+        return z, log_slope.sum(-1)
+
+    def _score_and_log_slope(self, s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the normal scores of s and the log derivative of each, both of shape (n, d)."""
         standardised = (s.unsqueeze(-1) - self.means) / self.scales
         log_cdf, log_sf = self._log_cdf_and_log_sf(standardised)
         z = torch.where(log_cdf < log_sf, _normal_quantile(log_cdf), -_normal_quantile(log_sf))
         log_density = (self.log_proportions - self.scales.log() - 0.5 * standardised.square()).logsumexp(-1)
-        return z, (log_density + 0.5 * z.square()).sum(-1)
+        return z, log_density + 0.5 * z.square()
 
     def inverse(self, z: torch.Tensor) -> torch.Tensor:
+        """Map normal scores back: look many up between neighbours on a grid, and mend that by Newton steps."""
+        if len(z) <= _N_KNOTS:
+            return self._inverse_by_bisection(z)
+        knots = torch.linspace(-_LAST_KNOT, _LAST_KNOT, _N_KNOTS, dtype=z.dtype, device=z.device)
+        values = self._inverse_by_bisection(knots.unsqueeze(-1).expand(-1, z.shape[1]))
+        place = (z + _LAST_KNOT) * (_N_KNOTS - 1) / (2 * _LAST_KNOT)
+        cell = place.floor().clamp(0, _N_KNOTS - 2)
+        index = cell.long()
+        low, high = values.gather(0, index), values.gather(0, index + 1)
+        s = low + (place - cell) * (high - low)
+        for _ in range(_N_NEWTON_STEPS):
+            score, log_slope = self._score_and_log_slope(s)
+            # The root lies between the neighbours, and a step that leaves them was taken on a bend.
+            s = torch.minimum(torch.maximum(s + (z - score) * (-log_slope).exp(), low), high)
+        error = (self._score_and_log_slope(s)[0] - z).abs()
+        is_far = ~((error < _MAX_ERROR) & (z.abs() < _LAST_KNOT)).all(-1)
+        s[is_far] = self._inverse_by_bisection(z[is_far])
+        return s
+
+    def _inverse_by_bisection(self, z: torch.Tensor) -> torch.Tensor:
         """Map normal scores back, by bisection between the quantiles of the components."""
         quantiles = self.means + self.scales * z.unsqueeze(-1)
         is_used = self.log_proportions > -math.inf

@@ -23,6 +23,9 @@ else:
 class Density(nn.Module, ABC):
     """Normalised density that can be evaluated and drawn from."""
 
+    # Whether it takes networks to evaluate.
+    is_slow = False
+
     @abstractmethod
     def log_prob(self, z: torch.Tensor) -> torch.Tensor:
         """Return the normalised log density (nats) of each row, shape (n,)."""

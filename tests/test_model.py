@@ -111,6 +111,19 @@ def test_untrained_energy_is_zero():
     assert torch.equal(MLPEnergies(2, 3, (4, 4))(z), torch.zeros(2, 5))
 
 
-@pytest.mark.parametrize(("n_samples", "width"), [(20, 64), (1000, 64), (10_000, 192), (10**7, 256)])
+@pytest.mark.parametrize(("n_samples", "width"), [(20, 64), (1000, 64), (5000, 96), (10**7, 128)])
 def test_network_grows_with_the_data(n_samples, width):
     assert resolve_hidden_layer_sizes(n_samples) == (width,) * 3
+
+
+def test_energies_that_are_switched_off_are_not_evaluated():
+    z = torch.randn(5, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    base = fit_gaussian(z, torch.ones(5).double())
+    model = TiltedEnsemble([base, base], MLPEnergies(2, 2, (4,)).double())
+    model.log_normalizers.fill_(0.3)
+    model.rescale(0.0)
+    expected = model.base_log_prob(z).logsumexp(0) - math.log(len(model))
+    model.energies = None
+    assert torch.equal(model.energy(z), torch.zeros(len(model), 5).double())
+    torch.testing.assert_close(model.pooled_log_density(z), expected)
+    assert model.is_flat

@@ -137,6 +137,35 @@ def test_draws_follow_a_density_with_unequal_modes(generator):
     assert len(draws.unique(dim=0)) > 0.9 * len(draws)
 
 
+def test_draws_of_a_density_that_the_bases_hardly_cover_come_from_the_flow_too(generator):
+    narrow = fit_gaussian(torch.randn(400, 2, dtype=torch.float64, generator=generator) / 20, torch.ones(400).double())
+    wide = fit_gaussian(torch.randn(400, 2, dtype=torch.float64, generator=generator), torch.ones(400).double())
+    energies = FarAway(narrow, wide)
+    density = StackedDensity([TiltedEnsemble([wide], energies)], torch.zeros(1).double())
+    flow = make_flow("spline", 2).double()
+    flow.start_at(narrow.means[0], narrow.scale_trils[0])
+    draws = draw_from_density(density, defensive_proposal(flow, [wide]), 5000, generator)
+    torch.testing.assert_close(draws.std(0), torch.full((2,), 0.05).double(), rtol=0.1, atol=0)
+    assert draws.dtype == torch.float64
+
+
+class FarAway(nn.Module):
+    """The energy that turns one density into another."""
+
+    def __init__(self, target, base):
+        super().__init__()
+        self.target, self.base = target, base
+
+    def forward(self, z):
+        rows = z.reshape(-1, z.shape[-1])
+        return (self.base.log_prob(rows) - self.target.log_prob(rows)).reshape(1, -1)
+
+
+def test_draws_without_any_weight_are_the_proposals(proposal, model, generator):
+    hopeless = StackedDensity([model], torch.tensor([math.nan]))
+    assert draw_from_density(hopeless, proposal, 50, generator).shape == (50, 2)
+
+
 def test_weights_that_are_no_numbers_count_as_zero(model, proposal, generator):
     pool = draw_pool(proposal, 100, generator)
     broken = pool._replace(log_proposal=torch.where(torch.arange(100) < 50, math.inf, pool.log_proposal))

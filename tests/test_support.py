@@ -160,3 +160,15 @@ def test_whitening_of_few_rows_keeps_new_rows_near():
     """Ten rows say nothing about most directions of thirty: as if they were narrow, new rows would be far out."""
     z = fit(normal(10, 30), use_margins=False)(normal(100, 30, seed=1))[0]
     assert float(z.square().mean()) < 30
+
+
+def test_many_rows_are_mapped_back_as_few_are():
+    rng = np.random.default_rng(0)
+    modes = rng.integers(0, 3, size=(800, 2)) + 0.05 * rng.normal(size=(800, 2))
+    margins = fit_feature_map(torch.from_numpy(modes), torch.ones(800).double(), use_margins=True).margins
+    z = torch.from_numpy(rng.normal(size=(3000, 2)))
+    z[0], z[1] = 7.5, -20.0
+    together = margins.inverse(z)
+    apart = torch.cat([margins.inverse(part) for part in z.split(500)])
+    torch.testing.assert_close(together, apart, rtol=0, atol=1e-6)
+    torch.testing.assert_close(margins(together)[0], z, rtol=0, atol=1e-9)

@@ -116,6 +116,23 @@ def test_monitor_stops_after_the_agreed_number_of_stale_checks_and_keeps_the_bes
     assert monitor.best == 2
 
 
+def test_energies_that_do_not_beat_the_start_are_given_up_early():
+    monitor = Monitor(settings(n_iter_no_change=9, n_iter_first_gain=2))
+    stops = []
+    for iteration, score in enumerate([1.0, 0.9, 0.8]):
+        monitor.record(check(iteration, score), lambda: None)
+        stops.append(monitor.reason_to_stop())
+    assert stops == [None, None, Outcome.CONVERGED]
+    assert monitor.gain() == 0
+
+
+def test_a_base_that_gains_fast_is_given_more_time():
+    monitor = Monitor(settings(tol=0.0))
+    for iteration, score in enumerate([-2.0, -1.0]):
+        monitor.record(check(iteration, score), lambda: None)
+    assert -1.0 < monitor.promise() < -0.5
+
+
 def test_monitor_keeps_the_start_unless_energies_beat_it_clearly():
     monitor = Monitor(settings(tol=0.1))
     for iteration, score in enumerate([1.0, 1.09, 1.08]):
@@ -206,7 +223,7 @@ def test_flow_fit_of_few_rows_goes_back_to_before_it_learnt_them_by_heart():
 
 def test_a_gradient_that_is_no_number_takes_no_step():
     parameter = nn.Parameter(torch.ones(2))
-    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    optimizer = torch.optim.AdamW([parameter], lr=0.1, weight_decay=0.0, fused=True)
     _descend((parameter * math.nan).sum(), optimizer, [parameter])
     assert parameter.tolist() == [1, 1]
     _descend(parameter.sum(), optimizer, [parameter])
