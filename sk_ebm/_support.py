@@ -15,7 +15,7 @@ _MIN_SCALE = 0.03
 _WIDE_SCALE = 2.0
 # Sizes of a marginal mixture that may follow the best one without improvement.
 _SIZE_PATIENCE = 2
-_MAX_GROUPS = 1000
+_MAX_GROUPS = 300
 _N_BISECTIONS = 50
 # Grid of normal scores on which the inverse of a margin is tabulated, and how it is mended between the knots.
 _N_KNOTS, _LAST_KNOT, _N_NEWTON_STEPS, _MAX_ERROR = 1000, 6.0, 2, 1e-10
