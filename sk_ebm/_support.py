@@ -15,8 +15,10 @@ _MIN_SCALE = 0.03
 _WIDE_SCALE = 2.0
 # Sizes of a marginal mixture that may follow the best one without improvement.
 _SIZE_PATIENCE = 2
-_MAX_GROUPS = 300
+_MAX_GROUPS = 1000
 _N_BISECTIONS = 50
+# Below it, the exponential comes too near to underflow.
+_LEAST_LOG_P = -600.0
 # Grid of normal scores on which the inverse of a margin is tabulated, and how it is mended between the knots.
 _N_KNOTS, _LAST_KNOT, _N_NEWTON_STEPS, _MAX_ERROR = 1000, 6.0, 2, 1e-10
 
@@ -116,7 +118,8 @@ class MarginalMap(nn.Module):
         """Return the normal scores of s and the log derivative of each, both of shape (n, d)."""
         standardised = (s.unsqueeze(-1) - self.means) / self.scales
         log_cdf, log_sf = self._log_cdf_and_log_sf(standardised)
-        z = torch.where(log_cdf < log_sf, _normal_quantile(log_cdf), -_normal_quantile(log_sf))
+        z = _normal_quantile(torch.minimum(log_cdf, log_sf))
+        z = torch.where(log_cdf < log_sf, z, -z)
         log_density = (self.log_proportions - self.scales.log() - 0.5 * standardised.square()).logsumexp(-1)
         return z, log_density + 0.5 * z.square()
 
@@ -294,10 +297,14 @@ def _symmetric_whitener(covariance: torch.Tensor, n_samples: float) -> torch.Ten
 
 def _normal_quantile(log_p: torch.Tensor) -> torch.Tensor:
     """Solve log Phi(z) = log_p for log_p <= log(1/2), by Newton steps where exp(log_p) would underflow."""
-    moderate = torch.special.ndtri(log_p.clamp(min=-600).exp())
-    z = torch.where(log_p > -600, moderate, -(-2 * log_p).clamp(min=0).sqrt())
-    for _ in range(3):
-        log_cdf = torch.special.log_ndtr(z)
-        log_slope = -0.5 * z.square() - 0.5 * math.log(2 * math.pi) - log_cdf
-        z = z - (log_cdf - log_p) * (-log_slope).exp()
+    z = torch.special.ndtri(log_p.clamp(min=_LEAST_LOG_P).exp())
+    is_far = ~(log_p > _LEAST_LOG_P)
+    if is_far.any():
+        far_log_p = log_p[is_far]
+        far = -(-2 * far_log_p).clamp(min=0).sqrt()
+        for _ in range(4):
+            log_cdf = torch.special.log_ndtr(far)
+            log_slope = -0.5 * far.square() - 0.5 * math.log(2 * math.pi) - log_cdf
+            far = far - (log_cdf - far_log_p) * (-log_slope).exp()
+        z = z.masked_scatter(is_far, far)
     return z
