@@ -1,16 +1,18 @@
 """Print what fitting, scoring and sampling cost beside tuned peers.
 
-Run ``python benchmarks/speed.py`` on a machine that does nothing else; ``--parts scoring``, ``fitting``, ``search`` and
-``large`` run some of it. Every density is fitted with its defaults, and the peers are tuned as in the accuracy
-benchmark, except that KernelDensity keeps scikit-learn's default tree, as a user would. Times are those of the
+Run ``python benchmarks/speed.py`` on a machine that does nothing else; ``--parts scoring``, ``fitting``, ``profile``,
+``search`` and ``large`` run some of it. Every density is fitted with its defaults, and the peers are tuned as in the
+accuracy benchmark, except that KernelDensity keeps scikit-learn's default tree, as a user would. Times are those of the
 processor over all threads, but for the search and the large table, where they are those of the clock. Only ratios mean
 something on another machine.
 """
 
 import argparse
+import cProfile
 import multiprocessing
 import os
 import platform
+import pstats
 import resource
 import tempfile
 import time
@@ -113,6 +115,37 @@ def print_fitting(sizes: list[int]) -> None:
             )
 
 
+STEPS = {
+    "_feature_map_and_bases": "feature map and bases",
+    "_fit_flow": "flow, before the energies",
+    "energy_steps": "gradient steps of the energies",
+    "move_chains": "moves of the chains",
+    "propose": "proposals",
+    "flow_steps": "gradient steps of the flow",
+    "validate": "validation",
+    "temper": "scaling of the energies",
+    "held_out_log_prob": "held-out scores",
+    "_assemble": "final log Z",
+}
+
+
+def print_profile() -> None:
+    """Print which steps of a fit take how much of its time."""
+    print("| task, n = 1000 | " + " | ".join(STEPS.values()) + " | seconds |")
+    print("| --- " * (len(STEPS) + 2) + "|", flush=True)
+    for task in (two_moons(), copula()):
+        X = task.sample(1000, np.random.default_rng(0))
+        profile = cProfile.Profile(time.process_time)
+        profile.runcall(EBMFlowDensity(random_state=0).fit, X)
+        stats = pstats.Stats(profile)
+        spent = {name: 0.0 for name in STEPS}
+        for (path, _, name), (*_, cumulative, _) in stats.stats.items():  # type: ignore[attr-defined]
+            if name in spent and "sk_ebm" in path:
+                spent[name] += cumulative
+        shares = " | ".join(f"{seconds / stats.total_tt:.0%}" for seconds in spent.values())
+        print(f"| {task.name} | {shares} | {stats.total_tt:.0f} |", flush=True)
+
+
 def print_search() -> None:
     """Compare a grid search in two processes with one in this process."""
     X = two_moons().sample(1000, np.random.default_rng(0))
@@ -157,7 +190,7 @@ def print_large() -> None:
             print(f"| {n} | 20 | {seconds_of_clock:.0f} | {peak:.0f} | {score:.3f} |", flush=True)
 
 
-PARTS = ("scoring", "fitting", "search", "large")
+PARTS = ("scoring", "fitting", "profile", "search", "large")
 
 
 def main() -> None:
@@ -176,6 +209,9 @@ def main() -> None:
         print()
     if "fitting" in options.parts:
         print_fitting(options.sizes or [1000, 5000])
+        print()
+    if "profile" in options.parts:
+        print_profile()
         print()
     if "search" in options.parts:
         print_search()
