@@ -508,7 +508,7 @@ class EBMFlowDensity(Versioned, CallbackSupportMixin, DensityMixin, BaseEstimato
             if self.bounds is None
             else make_bounds(self.bounds, rows, getattr(self, "feature_names_in_", None)),
             make_energies=lambda k, d: self._own_energies(k, d) if self.energy else MLPEnergies(k, d, sizes),
-            make_flow=lambda d: make_flow(self.flow, d),
+            make_flow=lambda d, **size: make_flow(self.flow, d, **size),
             device=_resolve_device(self.device),
             train=TrainSettings(
                 max_iter=self.max_iter,

@@ -35,7 +35,12 @@ from sk_ebm._types import Density
 _MIN_FLOW_GAIN = 0.1
 # Nats by which one flow must lead the energies: a base of flows costs more than all others together.
 _MIN_FLOW_LEAD = 0.02
-_FLOW_STEPS = 300
+# Nats that a flow fit for a base may gain over the small one that proposes, and the features from which on it is tried:
+# in one or two, energies learn whatever a flow does.
+_MAX_GAIN_OF_SIZE, _MIN_FEATURES_OF_FLOWS = 0.3, 3
+# Steps and patience (checks) of the flow that proposes, and of those that are bases.
+_FLOW_STEPS, _FLOW_PATIENCE = 300, 4
+_BASE_FLOW_STEPS, _BASE_FLOW_PATIENCE, _BASE_FLOW_LAYERS = 1000, 8, 4
 # What to fit before energies are trained; the Gaussian is what others are measured by.
 _KINDS: dict[str, tuple[str, ...]] = {
     "auto": ("gaussian", "student_t", "mixture"),
@@ -60,7 +65,7 @@ class FitSettings:
     feature_map: str
     bounds: BoundsMap | None
     make_energies: Callable[[int, int], nn.Module]
-    make_flow: Callable[[int], CouplingFlow]
+    make_flow: Callable[..., CouplingFlow]
     device: torch.device
     train: TrainSettings
 
@@ -231,9 +236,9 @@ class _Trainer:
             candidates.append(self._start(name, bases[name].members, flow, rival_score))
             if candidates[-1].result.outcome in ENDED_BY_USER:
                 return candidates
-        is_auto = self.settings.base == "auto"
-        if self.settings.base == "flow" or (is_auto and self._is_promising(flow_score, bases, candidates)):
-            candidates.append(self._start("flow", self._flow_bases(flow), flow))
+        flows = self._flow_bases(flow_score, bases, candidates)
+        if flows:
+            candidates.append(self._start("flow", flows, flow))
         return candidates
 
     def train_on(self, previous: list[Candidate]) -> list[Candidate]:
@@ -250,8 +255,29 @@ class _Trainer:
                 candidates.append(self.train(old.name, old.model, old.flow, settings))
         return candidates
 
-    def _is_promising(self, flow_score: float, bases: dict[str, Bases], candidates: list[Candidate]) -> bool:
-        """Return whether one flow beats the best candidate, each measured from the Gaussian on its held-out rows."""
+    def _flow_bases(self, flow_score: float, bases: dict[str, Bases], candidates: list[Candidate]) -> list[Density]:
+        """Fit a flow per member if `base` asks for it, or if one on fold 0 promises to beat the best candidate.
+
+        `flow_score` is that of the flow that proposes, on fold 0. It tells whether a larger one is worth a try.
+        """
+        is_auto = self.settings.base == "auto"
+        if self.settings.base != "flow" and not is_auto:
+            return []
+        n_features = self.data.rows.shape[1]
+        allowance = _MAX_GAIN_OF_SIZE if n_features >= _MIN_FEATURES_OF_FLOWS else 0.0
+        if is_auto and not self._leads(flow_score + allowance, bases, candidates):
+            return []
+        flows: list[Density] = []
+        for k in range(self.data.n_members):
+            flow = self._make_flow(n_layers=_BASE_FLOW_LAYERS)
+            score = self._fit_flow(flow, k, max_steps=_BASE_FLOW_STEPS, patience=_BASE_FLOW_PATIENCE)
+            if k == 0 and is_auto and not self._leads(max(score, flow_score), bases, candidates):
+                return []
+            flows.append(flow)
+        return flows
+
+    def _leads(self, flow_score: float, bases: dict[str, Bases], candidates: list[Candidate]) -> bool:
+        """Return whether a flow beats the best candidate, each measured from the Gaussian on its held-out rows."""
         on_fold_0 = self.judged._replace(n_members=1)
         gaussian = bases["gaussian"].members[0]
         gaussian_log_prob = gaussian.log_prob(self.judged.rows.cpu().double()).unsqueeze(0)
@@ -369,21 +395,16 @@ class _Trainer:
         _check_energies(energies, self.data.rows[:2].cpu())
         return self.train(name, TiltedEnsemble(bases, energies), flow, self.settings.train, rival_score)
 
-    def _make_flow(self) -> CouplingFlow:
+    def _make_flow(self, **size: int) -> CouplingFlow:
         with seeded_modules(self.generator):
-            return self.settings.make_flow(self.data.rows.shape[1]).to(self.settings.device)
+            return self.settings.make_flow(self.data.rows.shape[1], **size).to(self.settings.device)
 
     def _in_user_units(self, check: dict[str, float]) -> dict[str, float]:
         return {k: v + self.log_det if k.endswith("log_likelihood") else v for k, v in check.items()}
 
-    def _flow_bases(self, flow: CouplingFlow) -> list[Density]:
-        """Fit one flow per member; the flow that proposes is already one that has not seen fold 0."""
-        flows = [flow, *(self._make_flow() for _ in range(1, self.data.n_members))]
-        for k in range(1, self.data.n_members):
-            self._fit_flow(flows[k], k)
-        return list(flows)
-
-    def _fit_flow(self, flow: CouplingFlow, held_out_fold: int) -> float:
+    def _fit_flow(
+        self, flow: CouplingFlow, held_out_fold: int, *, max_steps: int = _FLOW_STEPS, patience: int = _FLOW_PATIENCE
+    ) -> float:
         is_held_out = self.data.fold == held_out_fold
         weight = self.data.weight * ~is_held_out
         # In double precision, as all bases.
@@ -395,9 +416,10 @@ class _Trainer:
             self.data.rows,
             weight,
             self.data.weight * is_held_out,
-            max_steps=min(_FLOW_STEPS, self.settings.train.max_iter * self.settings.train.steps_per_iter),
+            max_steps=min(max_steps, self.settings.train.max_iter * self.settings.train.steps_per_iter),
             batch_size=self.settings.train.batch_size,
             generator=self.device_generator,
+            patience=patience,
             group=self.group,
         )
 

@@ -30,7 +30,6 @@ Report = Callable[[dict[str, float], Callable[[], tuple[TiltedEnsemble, Density]
 
 _FLOW_FIT_LEARNING_RATE = 5e-3
 _FLOW_CHECK_EVERY = 25
-_FLOW_PATIENCE = 4
 _FLOW_LEARNING_RATE = 2e-3
 _DATA_SHARE_OF_FLOW_BATCH = 0.25
 _WEIGHT_AVERAGE_DECAY = 0.99
@@ -393,6 +392,7 @@ def fit_flow(
     max_steps: int,
     batch_size: int,
     generator: torch.Generator,
+    patience: int = 4,
     group: Group = ALONE,
 ) -> float:
     """Fit a flow to weighted rows by maximum likelihood, stop when the held-out rows say so, restore the best.
@@ -416,7 +416,7 @@ def fit_flow(
                 best_score, best, stale = score, copy.deepcopy(flow.state_dict()), 0
             else:
                 stale += 1
-            if stale >= _FLOW_PATIENCE or not math.isfinite(score):
+            if stale >= patience or not math.isfinite(score):
                 break
         for parameters in optimizer.param_groups:
             warm_up, progress = min(1.0, (step + 1) / _FLOW_CHECK_EVERY), step / max(max_steps, 1)
