@@ -56,7 +56,7 @@ def fits(tmp_path_factory):
     subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script, folder],
         check=True,
-        timeout=120,
+        timeout=300,
         env=os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
         capture_output=True,
     )
