@@ -15,7 +15,7 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 from torch import nn
 
-from sk_ebm._bounds import make_bounds
+from sk_ebm._bounds import BoundsMap, make_bounds
 from sk_ebm._energy import MLPEnergies, SeparateEnergies, resolve_hidden_layer_sizes
 from sk_ebm._fitting import FitSettings, FittedModel, fit_model
 from sk_ebm._flow import make_flow
@@ -78,7 +78,7 @@ class EBMFlowDensity(Versioned, CallbackSupportMixin, DensityMixin, BaseEstimato
     base : {"auto", "gaussian", "student_t", "mixture", "flow"} or callable, default="auto"
         Base density q_0. "auto" trains energies on a Gaussian and, where another does better, on the best of the
         others, and mixes the results with the shares that make held-out rows most likely; a base of flows joins
-        where one flow beats both. A function ``(z, weight) -> torch.nn.Module`` fits a base of your own to whitened
+        where a flow beats both. A function ``(z, weight) -> torch.nn.Module`` fits a base of your own to whitened
         rows (n, n_features); the module needs ``log_prob(z)`` and ``sample(n_samples, generator)``.
     feature_map : {"auto", "standard", "marginal"}, default="auto"
         Map of the features before everything else: whitening, or normal scores of each feature and whitening.
@@ -114,7 +114,8 @@ class EBMFlowDensity(Versioned, CallbackSupportMixin, DensityMixin, BaseEstimato
         Share of the rows that each energy holds out, rounded to one fold of an equal deal. Every energy needs a fold
         of its own, so with the default six energies it is 1/6 whatever larger share is asked for.
     n_iter_no_change : int, default=10
-        Validation checks, one every five iterations, without improvement before stopping.
+        Validation checks, one every five iterations, without improvement before stopping. Three are enough to give up
+        energies that have never beaten their base, unless `learning_rate` is your own.
     tol : float, default=0.001
         Smallest improvement of the held-out log-likelihood per row (nats) that counts.
     sampler : {"isir", "imh"}, default="isir"
@@ -369,8 +370,9 @@ class EBMFlowDensity(Versioned, CallbackSupportMixin, DensityMixin, BaseEstimato
     def sample(self, n_samples: int = 1, random_state: Any = None) -> np.ndarray:
         """Draw rows from the fitted density.
 
-        Proposals of the flow and the bases are resampled by weight and finished by Langevin moves: the draws are
-        Markov chain draws, whose law nears the fitted density as `effective_sample_size_` nears 1.
+        Proposals of the bases, and of the flow where those do not suffice, are kept as often as their weights ask, on
+        average, and what is kept more than once is moved apart by Langevin steps. The law of the draws is that of the
+        fitted density as far as the proposals cover it: see `effective_sample_size_`.
 
         Parameters
         ----------
@@ -423,8 +425,9 @@ class EBMFlowDensity(Versioned, CallbackSupportMixin, DensityMixin, BaseEstimato
     @with_callbacks
     def _fit(self, X: Any, y: Any, sample_weight: Any) -> None:
         self._validate_params()
-        previous = self._previous_fit()
         group = DistributedGroup() if self.distributed else ALONE
+        with group.failing_together():
+            previous, device = self._previous_fit(), _resolve_device(self.device)
         generator = torch.Generator().manual_seed(group.from_first(lambda: _seed(self.random_state)))
         if previous is None:
             self._fold_seed = int(torch.randint(2**62, (1,), generator=generator))
@@ -433,6 +436,8 @@ class EBMFlowDensity(Versioned, CallbackSupportMixin, DensityMixin, BaseEstimato
             if sample_weight is not None:
                 sample_weight = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
             data, position = self._deal(X, sample_weight, previous)
+            names = getattr(self, "feature_names_in_", None)
+            bounds = None if self.bounds is None else make_bounds(self.bounds, data.rows, names)
         if len(set(group.gather((X.shape[1], data.n_members)))) > 1:
             raise ValueError("The processes have rows of different numbers of features, or some too few rows.")
         history: list[dict[str, Any]] = []
@@ -446,7 +451,8 @@ class EBMFlowDensity(Versioned, CallbackSupportMixin, DensityMixin, BaseEstimato
             return callbacks.check(lambda: _fitted_attributes(model_now(), list(history)))
 
         try:
-            settings = self._settings(data.rows, group, len(X) if sample_weight is None else sample_weight.sum())
+            total_weight = float(len(X) if sample_weight is None else sample_weight.sum())
+            settings = self._settings(data.rows, bounds, device, group, total_weight)
             fitted, out_of_bag = fit_model(data, settings, generator, report, previous)
         finally:
             if progress:
@@ -497,19 +503,19 @@ class EBMFlowDensity(Versioned, CallbackSupportMixin, DensityMixin, BaseEstimato
         self._model_parameters = model_parameters
         return previous
 
-    def _settings(self, rows: torch.Tensor, group: Group, total_weight: float) -> FitSettings:
+    def _settings(
+        self, rows: torch.Tensor, bounds: BoundsMap | None, device: torch.device, group: Group, total_weight: float
+    ) -> FitSettings:
         n_samples, n_features = sum(group.gather(len(rows))), rows.shape[1]
         hidden, rate = self.hidden_layer_sizes, self.learning_rate
         sizes = resolve_hidden_layer_sizes(n_samples) if isinstance(hidden, str) else _check_sizes(hidden)
         return FitSettings(
             base=self.base,
             feature_map=self.feature_map,
-            bounds=None
-            if self.bounds is None
-            else make_bounds(self.bounds, rows, getattr(self, "feature_names_in_", None)),
+            bounds=bounds,
             make_energies=lambda k, d: self._own_energies(k, d) if self.energy else MLPEnergies(k, d, sizes),
             make_flow=lambda d, **size: make_flow(self.flow, d, **size),
-            device=_resolve_device(self.device),
+            device=device,
             train=TrainSettings(
                 max_iter=self.max_iter,
                 learning_rate=0.006 * min(1.0, (2 / n_features) ** 0.5) if isinstance(rate, str) else rate,
@@ -521,6 +527,7 @@ class EBMFlowDensity(Versioned, CallbackSupportMixin, DensityMixin, BaseEstimato
                 n_local_steps=self.n_local_steps,
                 early_stopping=self.early_stopping,
                 n_iter_no_change=self.n_iter_no_change,
+                n_iter_first_gain=3 if isinstance(rate, str) else self.n_iter_no_change,
                 tol=self.tol,
                 group=group,
                 data_share=total_weight * group.size / sum(group.gather(total_weight)),

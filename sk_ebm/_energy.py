@@ -76,7 +76,7 @@ class SeparateEnergies(nn.Module):
 
 
 def resolve_hidden_layer_sizes(n_samples: int) -> tuple[int, ...]:
-    """Choose a network that grows slowly with the data: 64 units at 1000 rows, 96 at 5000, 128 from 12 000 on."""
+    """Choose a network that grows slowly with the data: 64 units at 1000 rows, 96 at 5000, 128 from 10 000 on."""
     width = 64 * (max(n_samples, 1000) / 1000) ** 0.25
     width = int(min(128, 32 * round(width / 32)))
     return (width, width, width)

@@ -13,7 +13,7 @@ from torch import nn
 
 from sk_ebm._bounds import BoundsMap
 from sk_ebm._flow import CouplingFlow
-from sk_ebm._folds import Folds
+from sk_ebm._folds import Folds, mixed_order
 from sk_ebm._log_normalizer import LogNormalizer, estimate_log_normalizer
 from sk_ebm._mixture import fit_gaussian
 from sk_ebm._model import StackedDensity, TiltedEnsemble
@@ -138,8 +138,8 @@ def fit_model(
     candidates = [candidate for candidate in trained if candidate.result.outcome is not Outcome.LEFT_BEHIND]
     candidates = trainer.temper(candidates)
     held_out, is_covered = trainer.held_out_log_prob(candidates)
-    judged = trainer.judged.weight.cpu().double()
-    shares = stacking_shares(trainer.of_judged(held_out), judged, is_covered)
+    of_judged, judged = trainer.of_judged(held_out), trainer.judged.weight.cpu().double()
+    shares = group.from_first(lambda: stacking_shares(of_judged, judged, is_covered))
     share_of = {c.name: 0.0 for c in trained} | {c.name: share for c, share in zip(candidates, shares, strict=True)}
     left_behind = [candidate for candidate in trained if candidate.result.outcome is Outcome.LEFT_BEHIND]
     candidates = [*candidates, *left_behind]
@@ -271,9 +271,9 @@ class _Trainer:
         for k in range(self.data.n_members):
             flow = self._make_flow(n_layers=_BASE_FLOW_LAYERS)
             score = self._fit_flow(flow, k, max_steps=_BASE_FLOW_STEPS, patience=_BASE_FLOW_PATIENCE)
+            flows.append(flow)
             if k == 0 and is_auto and not self._leads(max(score, flow_score), bases, candidates):
                 return []
-            flows.append(flow)
         return flows
 
     def _leads(self, flow_score: float, bases: dict[str, Bases], candidates: list[Candidate]) -> bool:
@@ -283,7 +283,8 @@ class _Trainer:
         gaussian_log_prob = gaussian.log_prob(self.judged.rows.cpu().double()).unsqueeze(0)
         flow_gain = flow_score - on_fold_0.held_out_mean(gaussian_log_prob.to(self.judged.rows))
         best_gain = max(c.result.held_out_log_likelihood for c in candidates) - bases["gaussian"].score
-        return flow_gain > max(best_gain + _MIN_FLOW_LEAD, _MIN_FLOW_GAIN)
+        # Decided in one process, or rounding might make them part ways.
+        return self.group.from_first(lambda: flow_gain > max(best_gain + _MIN_FLOW_LEAD, _MIN_FLOW_GAIN))
 
     def train(
         self,
@@ -377,7 +378,8 @@ class _Trainer:
 
     def of_judged(self, log_prob: torch.Tensor) -> torch.Tensor:
         """Return what belongs to the judged rows of all processes, given it for the rows of this one, (..., n)."""
-        return self.group.cat(log_prob[..., : max(1, MAX_JUDGED_ROWS // self.group.size)])
+        mine = log_prob[..., : max(1, MAX_JUDGED_ROWS // self.group.size)]
+        return mine if self.group.size == 1 else self.group.cat(mine)[..., mixed_order(len(self.judged.rows))]
 
     def _member_log_normalizers(
         self, model: TiltedEnsemble, pool: Pool, candidates: list[Candidate]
@@ -421,6 +423,7 @@ class _Trainer:
             generator=self.device_generator,
             patience=patience,
             group=self.group,
+            data_share=self.settings.train.data_share,
         )
 
 

@@ -37,11 +37,18 @@ class Folds(NamedTuple):
         return Folds(self.rows[:n_rows], self.weight[:n_rows], self.fold[:n_rows], self.n_members)
 
     def sample_of_all(self, n_rows: int, group: Group, share: float) -> "Folds":
-        """Return up to `n_rows` rows of all processes together, the same in each; this one's count `share` each."""
+        """Return up to `n_rows` rows of all processes together, the same in each; those of this one weigh `share`."""
         mine = self.subset(max(1, n_rows // group.size))
         if group.size == 1:
             return mine
-        parts = group.gather((mine.rows.cpu(), share * mine.weight.cpu(), mine.fold.cpu()))
-        device = self.rows.device
-        rows, weight, fold = (torch.cat([part[j] for part in parts]).to(device) for j in range(3))
-        return Folds(rows, weight, fold, self.n_members)
+        weight = (share * mine.weight / mine.weight.sum()).cpu()
+        parts = group.gather((mine.rows.cpu(), weight, mine.fold.cpu()))
+        rows, weight, fold = (torch.cat([part[j] for part in parts]) for j in range(3))
+        order, device = mixed_order(len(rows)), self.rows.device
+        weight = weight * (len(weight) / weight.sum())
+        return Folds(rows[order].to(device), weight[order].to(device), fold[order].to(device), self.n_members)
+
+
+def mixed_order(n_rows: int) -> torch.Tensor:
+    """Return the order in which rows of several processes are joined, so that the first of them are of all."""
+    return torch.randperm(n_rows, generator=torch.Generator().manual_seed(0))

@@ -93,8 +93,9 @@ class TiltedEnsemble(nn.Module):
         """Return a copy, on the same bases, whose energies no longer train."""
         frozen = TiltedEnsemble(list(self.bases), copy.deepcopy(self.energies).requires_grad_(False))
         frozen._is_trained = self._is_trained
-        frozen.rescale(self.scale)
-        frozen.log_normalizers = self.log_normalizers.clone()
+        # Clones, which keep device and dtype.
+        frozen.scale, frozen.log_normalizers = self.scale.clone(), self.log_normalizers.clone()
+        frozen.is_flat = self.is_flat
         return frozen
 
     def thaw(self) -> None:

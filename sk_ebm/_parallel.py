@@ -1,5 +1,6 @@
 """The processes that train one model together: one by default, or the default group of torch.distributed."""
 
+import pickle
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -61,15 +62,16 @@ class DistributedGroup(Group):
         """Return what `make` returns, or raise what it raises, in the first process."""
         # The others must hear of a failure too, or they would wait for ever.
         made: list[Any] = [None, None]
+        failure: Exception | None = None
         if self.rank == 0:
             try:
-                made = [make(), None]
+                made[0] = pickle.dumps(make())
             except Exception as error:
-                made = [None, error]
+                made[1], failure = _described(error), error
         distributed.broadcast_object_list(made, src=0)
         if made[1] is not None:
-            raise made[1]
-        return made[0]
+            raise failure or _described_error(0, made[1])
+        return pickle.loads(made[0])
 
     @contextmanager
     def failing_together(self) -> Iterator[None]:
@@ -79,9 +81,9 @@ class DistributedGroup(Group):
             yield
         except Exception as error:
             mine = error
-        for rank, failure in enumerate(self.gather(mine)):
-            if failure is not None:
-                raise mine or type(failure)(f"In process {rank}: {failure}")
+        for rank, described in enumerate(self.gather(None if mine is None else _described(mine))):
+            if described is not None:
+                raise mine or _described_error(rank, described)
 
     def cat(self, tensor: torch.Tensor) -> torch.Tensor:
         """Join the tensors of all processes along the last dimension."""
@@ -96,3 +98,13 @@ class DistributedGroup(Group):
         flat /= self.size
         for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(mean.view_as(gradient))
+
+
+def _described(error: Exception) -> tuple[bool, str]:
+    """Return what can be sent of any error: whether it is about a type, and its message."""
+    return isinstance(error, TypeError), str(error)
+
+
+def _described_error(rank: int, described: tuple[bool, str]) -> Exception:
+    is_type_error, message = described
+    return (TypeError if is_type_error else ValueError)(f"In process {rank}: {message}")

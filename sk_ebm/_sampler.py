@@ -21,7 +21,9 @@ _DEFENSIVE_FRACTION = 0.3
 _SAMPLE_CHUNK = 8192
 # Proposals that tell how to draw, the effective sample size that makes the bases alone good enough, and the least share
 # of the proposals that goes to all of them alike.
-_PILOT, _LEAST_LEAN_SAMPLE_SIZE, _LEAST_SHARE = 4096, 0.15, 0.1
+_MAX_PILOT, _LEAST_LEAN_SAMPLE_SIZE, _LEAST_SHARE = 4096, 0.15, 0.1
+# Least draws and proposals at a time, and how many times the proposals that should do are tried.
+_MIN_DRAWS, _MAX_PROPOSED = 1024, 20
 # Proposals per draw, of which the least that leaves few enough draws to repeat an earlier one is taken.
 _CAPS, _MAX_REPEATED = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0), 0.01
 # Rows evaluated at once: few enough for hidden layers to stay in the cache of a processor.
@@ -265,20 +267,29 @@ def draw_from_density(
 ) -> torch.Tensor:
     """Draw rows from a density: keep each proposal as often as its weight asks, then move those kept twice apart.
 
-    A weight is rounded up or down at random, so that every proposal is kept as often as it should be on average. With
-    weights below the cap, the draws are those of rejection sampling.
+    A weight is rounded up or down at random, so that every proposal is kept as often as it should be on average. More
+    rows than few are drawn in any case, and some of them returned, since that average is one over many proposals.
     """
     # Rounding to single precision is nothing beside the noise of the weights.
     density, proposal = copy.deepcopy((density, proposal))
     density.float(), proposal.float()
-    proposal, log_cap, n_per_draw = _prepare_sampling(density, proposal, generator)
+    n_wanted = max(n_samples, _MIN_DRAWS)
+    proposal, log_cap, n_per_draw = _prepare_sampling(density, proposal, min(_MAX_PILOT, n_wanted), generator)
     draws: list[torch.Tensor] = []
-    n_left = n_samples
+    n_left, n_proposed = n_wanted, 0
     while n_left > 0:
-        pool = draw_pool(proposal, min(_SAMPLE_CHUNK, math.ceil(1.1 * n_per_draw * n_left) + 16), generator)
-        weight = (log_weight(density, pool) - log_cap).exp().nan_to_num(nan=1.0).clamp(max=n_left)
-        n_kept = (weight + torch.rand(weight.shape, generator=generator)).floor().long()
-        index = torch.arange(len(n_kept)).repeat_interleave(n_kept)[:n_left]
+        pool = draw_pool(proposal, min(_SAMPLE_CHUNK, max(_MIN_DRAWS, math.ceil(1.1 * n_per_draw * n_left))), generator)
+        weight = log_weight(density, pool)
+        n_proposed += len(weight)
+        if log_cap == -math.inf:
+            # No draw of the pilot was any good, so each is as good as any other.
+            index = torch.arange(len(weight))
+        elif n_proposed > _MAX_PROPOSED * n_per_draw * n_wanted:
+            # The pilot met a weight next to which nearly all others round to none.
+            index = torch.multinomial(_probability(weight), n_left, replacement=True, generator=generator).sort().values
+        else:
+            n_kept = ((weight - log_cap).exp() + torch.rand(weight.shape, generator=generator)).floor()
+            index = torch.arange(len(weight)).repeat_interleave(n_kept.clamp(max=n_wanted).long())
         position = pool.position[index]
         is_repeat = torch.zeros(len(index), dtype=torch.bool)
         is_repeat[1:] = index[1:] == index[:-1]
@@ -287,42 +298,44 @@ def draw_from_density(
             position[is_repeat] = torch.cat([_separate(density.log_density, part, generator) for part in parts])
         draws.append(position)
         n_left -= len(position)
-    return torch.cat(draws).double()
+    all_draws = torch.cat(draws)
+    return all_draws[torch.randperm(len(all_draws), generator=generator)[:n_samples]].double()
 
 
 def _prepare_sampling(
-    density: StackedDensity, proposal: MixtureProposal, generator: torch.Generator
+    density: StackedDensity, proposal: MixtureProposal, n_pilot: int, generator: torch.Generator
 ) -> tuple[MixtureProposal, float, float]:
     """Choose what to propose from, and a cap of the log weights below which a proposal is kept once at most.
 
     Bases are far cheaper than flows. Mixed with the shares that suit the density, they often propose well enough; if
     not, the whole proposal does. Also return how many proposals make one draw.
     """
-    pool = draw_pool(proposal, _PILOT, generator)
-    probability = _probability(log_weight(density, pool))
+    pool = draw_pool(proposal, n_pilot, generator)
+    weight = log_weight(density, pool)
+    probability = _probability(weight)
     bases = [base for ensemble in density.ensembles for base in ensemble.bases]
-    cheap = [
-        j
-        for j, component in enumerate(pool.components)
-        if component in bases and not getattr(component, "is_slow", False)
-    ]
-    if cheap:
-        shares = mixture_shares(pool.component_log_prob[cheap], probability)
+    is_cheap = [part in bases and not getattr(part, "is_slow", False) for part in pool.components]
+    log_prob = pool.component_log_prob[torch.tensor(is_cheap)]
+    is_proposed = (log_prob > -math.inf).any(0) & (probability > 0)
+    if is_proposed.any():
+        shares = mixture_shares(log_prob[:, is_proposed], probability[is_proposed])
         # No component is left out: the density may need it where the pilot did not look.
-        shares = (1 - _LEAST_SHARE) * shares + _LEAST_SHARE / len(cheap)
-        lean = MixtureProposal([pool.components[j] for j in cheap], shares.tolist())
-        lean_pool = draw_pool(lean, _PILOT, generator)
-        weight = log_weight(density, lean_pool)
-        if float(effective_sample_size(weight)) > _LEAST_LEAN_SAMPLE_SIZE:
-            return lean, *_cap(weight)
-    return proposal, *_cap(log_weight(density, pool))
+        shares = (1 - _LEAST_SHARE) * shares + _LEAST_SHARE / len(shares)
+        cheap = [part for part, is_one in zip(pool.components, is_cheap, strict=True) if is_one]
+        lean = MixtureProposal(cheap, shares.tolist())
+        # Judged on draws of the whole proposal too, which see what the lean one would miss.
+        log_square = (probability.log() + weight + pool.log_proposal - lean.mix(log_prob))[probability > 0].logsumexp(0)
+        seen_by_all = float((weight.logsumexp(0) - math.log(n_pilot) - log_square).exp())
+        lean_weight = log_weight(density, draw_pool(lean, n_pilot, generator))
+        if min(seen_by_all, float(effective_sample_size(lean_weight))) > _LEAST_LEAN_SAMPLE_SIZE:
+            return lean, *_cap(lean_weight)
+    return proposal, *_cap(weight)
 
 
 def _cap(log_weight: torch.Tensor) -> tuple[float, float]:
     """Return the cap of the log weights, and how many proposals make one draw."""
     largest = float(log_weight.max())
-    if not math.isfinite(largest):
-        # No draw is any good, so each is as good as any other.
+    if largest == -math.inf:
         return -math.inf, 1.0
     weight = (log_weight.double() - largest).exp()
     for factor in _CAPS:

@@ -135,7 +135,7 @@ class Monitor:
     def reason_to_stop(self) -> Outcome | None:
         """Return why to stop, if the score has not improved for so many checks as the settings allow."""
         patience = self.settings.n_iter_no_change
-        if self.gain() == 0:
+        if self.gain() == 0 and self._uncovered == 0:
             patience = min(patience, self.settings.n_iter_first_gain)
         if not self.settings.early_stopping or self._stale < patience:
             return None
@@ -196,8 +196,8 @@ def train(
         while outcome is None:
             pool = state.propose()
             state.move_chains(pool)
-            pool_size = min(group.gather(float(pool_effective_sample_size(model, pool))))
-            if pool_size >= settings.min_effective_sample_size:
+            covered = min(group.gather(float(pool_effective_sample_size(model, pool))))
+            if covered >= settings.min_effective_sample_size:
                 rounds_at_gate = 0
                 state.energy_steps()
             else:
@@ -394,6 +394,7 @@ def fit_flow(
     generator: torch.Generator,
     patience: int = 4,
     group: Group = ALONE,
+    data_share: float = 1.0,
 ) -> float:
     """Fit a flow to weighted rows by maximum likelihood, stop when the held-out rows say so, restore the best.
 
@@ -409,9 +410,8 @@ def fit_flow(
     for step in range(max_steps + 1):
         if step % _FLOW_CHECK_EVERY == 0:
             with torch.no_grad():
-                mine = float((weight_held_out * flow.log_prob(z_held_out)).sum()), float(weight_held_out.sum())
-                total, total_weight = map(sum, zip(*group.gather(mine), strict=True))
-                score = total / total_weight
+                mine = float((weight_held_out * flow.log_prob(z_held_out)).sum() / weight_held_out.sum())
+                score = sum(group.gather(data_share * mine)) / group.size
             if score > best_score:
                 best_score, best, stale = score, copy.deepcopy(flow.state_dict()), 0
             else:
@@ -422,7 +422,7 @@ def fit_flow(
             warm_up, progress = min(1.0, (step + 1) / _FLOW_CHECK_EVERY), step / max(max_steps, 1)
             parameters["lr"] = _FLOW_FIT_LEARNING_RATE * warm_up * 0.5 * (1 + math.cos(math.pi * progress))
         rows = torch.multinomial(weight, batch_size, replacement=True, generator=generator)
-        loss = -flow.log_prob(z[rows]).mean()
+        loss = -data_share * flow.log_prob(z[rows]).mean()
         _descend(loss, optimizer, list(flow.parameters()), group)
     flow.load_state_dict(best)
     return best_score

@@ -127,3 +127,13 @@ def test_energies_that_are_switched_off_are_not_evaluated():
     assert torch.equal(model.energy(z), torch.zeros(len(model), 5).double())
     torch.testing.assert_close(model.pooled_log_density(z), expected)
     assert model.is_flat
+
+
+def test_a_frozen_copy_keeps_dtype_and_scale():
+    base = fit_gaussian(torch.randn(9, 2, dtype=torch.float64), torch.ones(9).double())
+    model = TiltedEnsemble([base, base], MLPEnergies(2, 2, (4,))).double()
+    model.rescale(0.5)
+    frozen = model.frozen_copy()
+    assert frozen.scale.dtype == torch.float64
+    assert torch.equal(frozen.scale, model.scale)
+    assert not frozen.is_flat

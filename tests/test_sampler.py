@@ -8,7 +8,7 @@ from torch import nn
 
 from sk_ebm._energy import MLPEnergies, SeparateEnergies
 from sk_ebm._flow import make_flow
-from sk_ebm._mixture import fit_gaussian, fit_mixtures
+from sk_ebm._mixture import fit_gaussian, fit_mixtures, mixture_of_mixtures
 from sk_ebm._model import StackedDensity, TiltedEnsemble
 from sk_ebm._sampler import (
     Chains,
@@ -149,6 +149,54 @@ def test_draws_of_a_density_that_the_bases_hardly_cover_come_from_the_flow_too(g
     assert draws.dtype == torch.float64
 
 
+def test_draws_keep_a_mode_that_the_bases_hardly_propose(generator):
+    near = fit_gaussian(torch.randn(400, 2, dtype=torch.float64, generator=generator), torch.ones(400).double())
+    away = torch.tensor([[14.0, 0.0]]) + 0.3 * torch.randn(400, 2, dtype=torch.float64, generator=generator)
+    far = fit_gaussian(away, torch.ones(400).double())
+    shares = torch.tensor([0.9, 0.1]).double()
+    both = mixture_of_mixtures([near, far], shares)
+    density = StackedDensity([TiltedEnsemble([near], FarAway(both, near))], torch.zeros(1).double())
+    flow = make_flow("spline", 2).double()
+    flow.start_at(far.means[0], far.scale_trils[0])
+    draws = draw_from_density(density, defensive_proposal(flow, [near]), 5000, generator)
+    assert float((draws[:, 0] > 7).double().mean()) == pytest.approx(0.1, abs=0.02)
+
+
+def test_few_draws_follow_the_density_as_many_do(generator):
+    rows = torch.randn(400, 2, dtype=torch.float64, generator=generator)
+    wide = fit_gaussian(rows, torch.ones(400).double())
+    spot = fit_gaussian(rows / 30, torch.ones(400).double())
+    target = mixture_of_mixtures([wide, spot], torch.tensor([0.5, 0.5]).double())
+    density = StackedDensity([TiltedEnsemble([wide], FarAway(target, wide))], torch.zeros(1).double())
+    proposal = defensive_proposal(make_flow("spline", 2).double(), [wide])
+    drawn = torch.cat([draw_from_density(density, proposal, 1, generator) for _ in range(60)])
+    assert 0.3 < float((drawn.norm(dim=1) < 0.2).double().mean()) < 0.75
+
+
+@pytest.mark.parametrize("half_width", [1.0, 3.0])
+def test_draws_on_a_base_without_mass_everywhere(generator, half_width):
+    proposal = defensive_proposal(make_flow("spline", 2).double(), [Box(half_width)])
+    density = StackedDensity([untilted(Box(half_width)).ensembles[0]], torch.zeros(1).double())
+    draws = draw_from_density(density, proposal, 2000, generator)
+    assert draws.shape == (2000, 2)
+    assert draws.abs().max() <= half_width
+
+
+class Box(nn.Module):
+    """Uniform density on a square."""
+
+    def __init__(self, half_width):
+        super().__init__()
+        self.half_width = half_width
+
+    def log_prob(self, z):
+        inside = z.abs().amax(-1) <= self.half_width
+        return torch.where(inside, -2 * math.log(2 * self.half_width), -math.inf).to(z)
+
+    def sample(self, n_samples, generator):
+        return self.half_width * (2 * torch.rand(n_samples, 2, generator=generator) - 1)
+
+
 class FarAway(nn.Module):
     """The energy that turns one density into another."""
 
@@ -157,7 +205,10 @@ class FarAway(nn.Module):
         self.target, self.base = target, base
 
     def forward(self, z):
+        # The model pulls rows into a ball; this is where they came from.
         rows = z.reshape(-1, z.shape[-1])
+        radius = 4 * (z.shape[-1] ** 0.5 + 1)
+        rows = rows / (1 - (rows / radius).square().sum(-1, keepdim=True)).sqrt()
         return (self.base.log_prob(rows) - self.target.log_prob(rows)).reshape(1, -1)
 
 
