@@ -131,9 +131,11 @@ def _score_map_and_gaussian(data: Folds) -> float:
     """Held-out log-likelihood (nats, user's units) of a Gaussian on normal-score margins that were fitted with it."""
     log_probs = []
     for weight in data.train_weight():
-        feature_map = fit_feature_map(data.rows[weight > 0], weight[weight > 0], use_margins=True)
+        is_seen = weight > 0
+        feature_map = fit_feature_map(data.rows[is_seen], weight[is_seen], use_margins=True)
         z, log_det = feature_map(data.rows)
-        log_probs.append(fit_gaussian(z, weight).log_prob(z) + log_det)
+        # A row that the map has not seen may lie beyond what it can map.
+        log_probs.append(fit_gaussian(z[is_seen], weight[is_seen]).log_prob(z) + log_det)
     return data.held_out_mean(torch.stack(log_probs))
 
 

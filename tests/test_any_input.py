@@ -167,6 +167,13 @@ def test_any_table_is_fitted_right_or_refused_clearly(X):
     assert ((draws > values.min(0) - reach) & (draws < values.max(0) + reach)).all()
 
 
+@pytest.mark.parametrize("n_rows", [3, 10])
+def test_a_row_beyond_what_the_others_could_map(n_rows):
+    X = -1e6 + normal(np.random.default_rng(0), n_rows, 40)
+    X[0] = 1e9
+    assert np.isfinite(quick().fit(X).score_samples(X)).all()
+
+
 @given(X=tables())
 def test_any_table_is_scored_right_or_refused_clearly(fitted, X):
     X = X.to_numpy() if isinstance(X, pd.DataFrame) else X
