@@ -150,8 +150,10 @@ def _costs(cells: list[Cell], models: list[str]) -> str:
         "fit seconds": "fit_seconds",
         "rows scored per second": "score_rows_per_second",
         "rows drawn per second": "sample_rows_per_second",
-        "peak memory over that before, MB": "peak_extra_mb",
+        "peak memory of the fit, MiB": "fit_peak_mib",
     }
+    measured = {key for cell in cells for of_model in cell.rows.values() for row in of_model.values() for key in row}
+    columns = {title: key for title, key in columns.items() if key in measured}
     lines = ["| median over tasks | n | " + " | ".join(columns) + " |", "| --- " * (len(columns) + 2) + "|"]
     for model in models:
         for n_train in sorted({cell.n_train for cell in cells if cell.is_known}):

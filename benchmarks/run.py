@@ -9,7 +9,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import resource
 import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -21,6 +20,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from memory import with_peak_memory  # noqa: E402
 from peers import PEERS  # noqa: E402
 from report import write_report  # noqa: E402
 from tables import tables  # noqa: E402
@@ -49,12 +49,11 @@ def run_job(job: Job, folder: Path | None, parameters: dict) -> dict:
     warnings.filterwarnings("error", message=".*was interrupted", category=TrainingWarning)
     task = next((task for task in all_tasks() if task.name == job.name), None)
     X_train, X_test = draw(job, task, folder)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     started = time.process_time()
     if job.model == OURS:
-        density = EBMFlowDensity(random_state=job.seed, **parameters).fit(X_train)
+        density, peak = with_peak_memory(lambda: EBMFlowDensity(random_state=job.seed, **parameters).fit(X_train))
     else:
-        density = PEERS[job.model](X_train, job.seed)
+        density, peak = with_peak_memory(lambda: PEERS[job.model](X_train, job.seed))
     fitted = time.process_time()
     log_density = density.score_samples(X_test)
     scored = time.process_time()
@@ -63,7 +62,7 @@ def run_job(job: Job, folder: Path | None, parameters: dict) -> dict:
     row["score_rows_per_second"] = len(X_test) / (scored - fitted)
     drawn = density.sample(N_DRAWS)
     row["sample_rows_per_second"] = N_DRAWS / (time.process_time() - scored)
-    row["peak_extra_mb"] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    row["fit_peak_mib"] = peak
     if task is not None:
         log_density = log_density - task.log_prob(X_test)
         row["kl"] = -float(log_density.mean())

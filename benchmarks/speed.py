@@ -13,7 +13,6 @@ import multiprocessing
 import os
 import platform
 import pstats
-import resource
 import tempfile
 import time
 import warnings
@@ -24,6 +23,7 @@ import numpy as np
 import sklearn
 import torch
 import zuko
+from memory import with_peak_memory
 from peers import tuned_kernel_density, zuko_spline
 from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.model_selection import GridSearchCV, StratifiedKFold, cross_val_score
@@ -75,9 +75,7 @@ def peak_of_scoring(density: EBMFlowDensity) -> float:
     """Return the memory (MiB) that scoring takes at most, in a process that has needed none before."""
     new = np.zeros((10**7, density.n_features_in_), dtype=np.float32)
     density.score_samples(new[:1])
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    density.score_samples(new)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return with_peak_memory(lambda: density.score_samples(new))[1]
 
 
 def accuracy_of_telling_apart(drawn: np.ndarray, exact: np.ndarray) -> float:
@@ -182,10 +180,9 @@ def print_large() -> None:
         rows.flush()
         for n in (10**5, 10**6):
             X = np.memmap(file.name, dtype=np.float32, mode="r", shape=(n, 20))
-            before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
-            density = EBMFlowDensity(random_state=0).fit(X)
+            started = time.perf_counter()
+            density, peak = with_peak_memory(lambda X=X: EBMFlowDensity(random_state=0).fit(X))
             seconds_of_clock = time.perf_counter() - started
-            peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
             score = density.score_samples(test).mean()
             print(f"| {n} | 20 | {seconds_of_clock:.0f} | {peak:.0f} | {score:.3f} |", flush=True)
 
