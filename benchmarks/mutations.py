@@ -46,7 +46,7 @@ MUTATIONS = {
     "_support": [
         ("logabsdet - scale.log().sum()", "logabsdet + scale.log().sum()"),
         ("log_det = log_det + log_det_margins", "log_det = log_det - log_det_margins"),
-        ("(log_density + 0.5 * z.square())", "(log_density - 0.5 * z.square())"),
+        ("log_density + 0.5 * z.square()", "log_density - 0.5 * z.square()"),
         (
             "torch.where(is_below, middle, low), torch.where(is_below, high, middle)",
             "torch.where(is_below, low, middle), torch.where(is_below, middle, high)",
@@ -56,7 +56,7 @@ MUTATIONS = {
         ("shrinkage = min(1.0, 0.1 * d / n_samples)", "shrinkage = 0.0"),
     ],
     "_training": [
-        ("(positive_phase - negative_phase)", "(negative_phase - positive_phase)"),
+        ("positive_phase - negative_phase\n", "positive_phase + negative_phase\n"),
         (
             "(energy_at_move[:, chains] - energy_of_chains.detach())",
             "(energy_of_chains.detach() - energy_at_move[:, chains])",
@@ -64,7 +64,7 @@ MUTATIONS = {
         ("weight = self.is_trained_on[:, rows]", "weight = torch.ones_like(self.is_trained_on[:, rows])"),
         ("self.learning_rate /= 2", "self.learning_rate *= 2"),
         ("self._stale += 1", "self._stale += 2"),
-        ("if bool(norm.isfinite()):", "if True:"),
+        ("(~norm.isfinite()).to(norm.dtype)", "(~norm.isfinite()).to(norm.dtype) * 0"),
         ("    flow.load_state_dict(best)\n", ""),
         (
             "self.average.energy(self.judged.rows) - log_normalizer",
