@@ -114,7 +114,7 @@ class EBMFlowDensity(Versioned, CallbackSupportMixin, DensityMixin, BaseEstimato
         Share of the rows that each energy holds out, rounded to one fold of an equal deal. Every energy needs a fold
         of its own, so with the default six energies it is 1/6 whatever larger share is asked for.
     n_iter_no_change : int, default=10
-        Validation checks, one every five iterations, without improvement before stopping. Three are enough to give up
+        Validation checks, one every five iterations, without improvement before stopping. Six are enough to give up
         energies that have never beaten their base, unless `learning_rate` is your own.
     tol : float, default=0.001
         Smallest improvement of the held-out log-likelihood per row (nats) that counts.
@@ -527,7 +527,7 @@ class EBMFlowDensity(Versioned, CallbackSupportMixin, DensityMixin, BaseEstimato
                 n_local_steps=self.n_local_steps,
                 early_stopping=self.early_stopping,
                 n_iter_no_change=self.n_iter_no_change,
-                n_iter_first_gain=3 if isinstance(rate, str) else self.n_iter_no_change,
+                n_iter_first_gain=6 if isinstance(rate, str) else self.n_iter_no_change,
                 tol=self.tol,
                 group=group,
                 data_share=total_weight * group.size / sum(group.gather(total_weight)),

@@ -41,6 +41,8 @@ _MAX_GAIN_OF_SIZE, _MIN_FEATURES_OF_FLOWS = 0.3, 3
 # Steps and patience (checks) of the flow that proposes, and of those that are bases.
 _FLOW_STEPS, _FLOW_PATIENCE = 300, 4
 _BASE_FLOW_STEPS, _BASE_FLOW_PATIENCE, _BASE_FLOW_LAYERS = 1000, 8, 4
+# Checks after which energies on flows are given up: they cost most there, and have never gained anything.
+_FIRST_GAIN_ON_FLOWS = 3
 # What to fit before energies are trained; the Gaussian is what others are measured by.
 _KINDS: dict[str, tuple[str, ...]] = {
     "auto": ("gaussian", "student_t", "mixture"),
@@ -395,7 +397,10 @@ class _Trainer:
         with seeded_modules(self.generator):
             energies = self.settings.make_energies(len(bases), self.data.rows.shape[1])
         _check_energies(energies, self.data.rows[:2].cpu())
-        return self.train(name, TiltedEnsemble(bases, energies), flow, self.settings.train, rival_score)
+        settings = self.settings.train
+        if name == "flow":
+            settings = replace(settings, n_iter_first_gain=min(_FIRST_GAIN_ON_FLOWS, settings.n_iter_first_gain))
+        return self.train(name, TiltedEnsemble(bases, energies), flow, settings, rival_score)
 
     def _make_flow(self, **size: int) -> CouplingFlow:
         with seeded_modules(self.generator):

@@ -74,7 +74,7 @@ class TrainSettings:
     n_iter_no_change: int
     tol: float
     # Checks within which energies must beat the untilted base, if they ever will.
-    n_iter_first_gain: int = 3
+    n_iter_first_gain: int = 6
     steps_per_iter: int = 16
     n_flow_steps: int = 2
     n_negative: int = 256
