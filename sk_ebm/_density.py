@@ -149,7 +149,8 @@ class EBMFlowDensity(Versioned, CallbackSupportMixin, DensityMixin, BaseEstimato
     effective_sample_size_ : float
         Effective sample size of the proposals that estimated log Z, as a fraction of their number.
     acceptance_rate_ : dict
-        Mean acceptance rates late in training: "local" of the Langevin moves, "flow" of the global moves.
+        Mean acceptance rates late in training: "local" of the Langevin moves, "flow" of the global moves. NaN where the
+        largest share is that of flows, on which no energies are trained unless `base` is "flow".
     history_ : list of dict
         One entry per validation check: "base", "iteration", "seconds", "train_log_likelihood" and
         "validation_log_likelihood" (nats per row, mean of the single energies), their "log_normalizer",
@@ -161,7 +162,7 @@ class EBMFlowDensity(Versioned, CallbackSupportMixin, DensityMixin, BaseEstimato
         Whether training stopped because the held-out log-likelihood no longer improved, on every base kept.
     base_ : dict
         "name" of the base with the largest share, its "validation_log_likelihood" (nats per row), "shares" and
-        "validation_log_likelihoods" of all bases that energies were trained on, and the "scales" by which each energy
+        "validation_log_likelihoods" of all bases tried to the end, and the "scales" by which each energy
         on those with a share is multiplied: less than one where held-out rows or the proposals asked for it.
     outcome_ : str
         How training ended, in one sentence.
@@ -452,7 +453,8 @@ class EBMFlowDensity(Versioned, CallbackSupportMixin, DensityMixin, BaseEstimato
 
         try:
             total_weight = float(len(X) if sample_weight is None else sample_weight.sum())
-            settings = self._settings(data.rows, bounds, device, group, total_weight)
+            announce = progress.announce if progress else lambda what: None
+            settings = self._settings(data.rows, bounds, device, group, total_weight, announce)
             fitted, out_of_bag = fit_model(data, settings, generator, report, previous)
         finally:
             if progress:
@@ -504,7 +506,13 @@ class EBMFlowDensity(Versioned, CallbackSupportMixin, DensityMixin, BaseEstimato
         return previous
 
     def _settings(
-        self, rows: torch.Tensor, bounds: BoundsMap | None, device: torch.device, group: Group, total_weight: float
+        self,
+        rows: torch.Tensor,
+        bounds: BoundsMap | None,
+        device: torch.device,
+        group: Group,
+        total_weight: float,
+        announce: Callable[[str], None],
     ) -> FitSettings:
         n_samples, n_features = sum(group.gather(len(rows))), rows.shape[1]
         hidden, rate = self.hidden_layer_sizes, self.learning_rate
@@ -516,6 +524,7 @@ class EBMFlowDensity(Versioned, CallbackSupportMixin, DensityMixin, BaseEstimato
             make_energies=lambda k, d: self._own_energies(k, d) if self.energy else MLPEnergies(k, d, sizes),
             make_flow=lambda d, **size: make_flow(self.flow, d, **size),
             device=device,
+            announce=announce,
             train=TrainSettings(
                 max_iter=self.max_iter,
                 learning_rate=0.006 * min(1.0, (2 / n_features) ** 0.5) if isinstance(rate, str) else rate,
@@ -617,7 +626,7 @@ def _fitted_attributes(fitted: FittedModel, history: list[dict[str, Any]]) -> di
         "effective_sample_size_": fitted.log_normalizer.effective_sample_size,
         "history_": history,
         "n_iter_": max(n_iter for _, n_iter in endings),
-        "converged_": all(outcome is Outcome.CONVERGED for outcome, _ in endings),
+        "converged_": all(outcome in (Outcome.CONVERGED, Outcome.UNTRAINED) for outcome, _ in endings),
         "outcome_": "; ".join(dict.fromkeys(outcome.value for outcome, _ in endings)),
         "base_": {
             "name": name,

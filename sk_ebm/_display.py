@@ -296,6 +296,8 @@ class TrainingDisplay:
                         [check["iteration"] for check in of_base],
                         [check[key] for check in of_base],
                         style,
+                        # A base without energies has one check only, and a line needs two.
+                        marker="o" if len(of_base) == 1 else None,
                         color=color,
                         label=base if style == "-" else None,
                     )

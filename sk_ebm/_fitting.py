@@ -35,14 +35,12 @@ from sk_ebm._types import Density
 _MIN_FLOW_GAIN = 0.1
 # Nats by which one flow must lead the energies: a base of flows costs more than all others together.
 _MIN_FLOW_LEAD = 0.02
-# Nats that a flow fit for a base may gain over the small one that proposes, and the features from which on it is tried:
+# By how much of its own gain a small flow may be behind for a larger one to be tried, and the features from which on:
 # in one or two, energies learn whatever a flow does.
-_MAX_GAIN_OF_SIZE, _MIN_FEATURES_OF_FLOWS = 0.3, 3
+_MAX_GAIN_OF_SIZE, _MIN_FEATURES_OF_FLOWS = 0.5, 3
 # Steps and patience (checks) of the flow that proposes, and of those that are bases.
 _FLOW_STEPS, _FLOW_PATIENCE = 300, 4
 _BASE_FLOW_STEPS, _BASE_FLOW_PATIENCE, _BASE_FLOW_LAYERS = 1000, 8, 4
-# Checks after which energies on flows are given up: they cost most there, and have never gained anything.
-_FIRST_GAIN_ON_FLOWS = 3
 # What to fit before energies are trained; the Gaussian is what others are measured by.
 _KINDS: dict[str, tuple[str, ...]] = {
     "auto": ("gaussian", "student_t", "mixture"),
@@ -69,6 +67,8 @@ class FitSettings:
     make_energies: Callable[[int, int], nn.Module]
     make_flow: Callable[..., CouplingFlow]
     device: torch.device
+    # Called with what is done where that takes long and no validation check tells.
+    announce: Callable[[str], None]
     train: TrainSettings
 
 
@@ -238,7 +238,15 @@ class _Trainer:
             candidates.append(self._start(name, bases[name].members, flow, rival_score))
             if candidates[-1].result.outcome in ENDED_BY_USER:
                 return candidates
-        flows = self._flow_bases(flow_score, bases, candidates)
+        try:
+            flows = self._flow_bases(flow_score, bases, candidates)
+        except KeyboardInterrupt:
+            if self.group.size > 1 or not candidates:
+                raise
+            best = max(range(len(candidates)), key=lambda c: candidates[c].result.held_out_log_likelihood)
+            result = candidates[best].result._replace(outcome=Outcome.INTERRUPTED)
+            candidates[best] = candidates[best]._replace(result=result)
+            return candidates
         if flows:
             candidates.append(self._start("flow", flows, flow))
         return candidates
@@ -265,12 +273,12 @@ class _Trainer:
         is_auto = self.settings.base == "auto"
         if self.settings.base != "flow" and not is_auto:
             return []
-        n_features = self.data.rows.shape[1]
-        allowance = _MAX_GAIN_OF_SIZE if n_features >= _MIN_FEATURES_OF_FLOWS else 0.0
-        if is_auto and not self._leads(flow_score + allowance, bases, candidates):
+        gain_of_size = _MAX_GAIN_OF_SIZE if self.data.rows.shape[1] >= _MIN_FEATURES_OF_FLOWS else 0.0
+        if is_auto and not self._leads(flow_score, bases, candidates, gain_of_size):
             return []
         flows: list[Density] = []
         for k in range(self.data.n_members):
+            self.settings.announce(f"base flow, fitting flow {k + 1} of {self.data.n_members}")
             flow = self._make_flow(n_layers=_BASE_FLOW_LAYERS)
             score = self._fit_flow(flow, k, max_steps=_BASE_FLOW_STEPS, patience=_BASE_FLOW_PATIENCE)
             flows.append(flow)
@@ -278,15 +286,28 @@ class _Trainer:
                 return []
         return flows
 
-    def _leads(self, flow_score: float, bases: dict[str, Bases], candidates: list[Candidate]) -> bool:
-        """Return whether a flow beats the best candidate, each measured from the Gaussian on its held-out rows."""
+    def _leads(
+        self, flow_score: float, bases: dict[str, Bases], candidates: list[Candidate], more: float = 0.0
+    ) -> bool:
+        """Return whether a flow beats the best candidate on fold 0, or would with so much `more` of its own gain.
+
+        That gain is measured from the Gaussian. Of a candidate, its base is measured on the same rows, and what the
+        energies add to it on all: folds differ by far more than candidates do where there are outliers.
+        """
         on_fold_0 = self.judged._replace(n_members=1)
-        gaussian = bases["gaussian"].members[0]
-        gaussian_log_prob = gaussian.log_prob(self.judged.rows.cpu().double()).unsqueeze(0)
-        flow_gain = flow_score - on_fold_0.held_out_mean(gaussian_log_prob.to(self.judged.rows))
-        best_gain = max(c.result.held_out_log_likelihood for c in candidates) - bases["gaussian"].score
+        rows = self.judged.rows.cpu().double()
+
+        def score_of(name: str) -> float:
+            return on_fold_0.held_out_mean(bases[name].members[0].log_prob(rows).unsqueeze(0).to(self.judged.rows))
+
+        gaussian_score = score_of("gaussian")
+        flow_gain = flow_score - gaussian_score
+        best_gain = max(
+            score_of(c.name) - gaussian_score + c.result.held_out_log_likelihood - bases[c.name].score
+            for c in candidates
+        )
         # Decided in one process, or rounding might make them part ways.
-        return self.group.from_first(lambda: flow_gain > max(best_gain + _MIN_FLOW_LEAD, _MIN_FLOW_GAIN))
+        return self.group.from_first(lambda: flow_gain * (1 + more) > max(best_gain + _MIN_FLOW_LEAD, _MIN_FLOW_GAIN))
 
     def train(
         self,
@@ -297,6 +318,9 @@ class _Trainer:
         rival_score: float = -math.inf,
     ) -> Candidate:
         """Train copies of the model's energies and of the flow."""
+        if name == "flow" and self.settings.base == "auto":
+            # They would cost most there, and gain nothing: a user has to ask for them.
+            settings = replace(settings, max_iter=0)
         model = copy.deepcopy(model).to(self.settings.device, torch.float32)
         flow = copy.deepcopy(flow).to(self.settings.device, torch.float32).requires_grad_(True)
         model.thaw()
@@ -397,10 +421,7 @@ class _Trainer:
         with seeded_modules(self.generator):
             energies = self.settings.make_energies(len(bases), self.data.rows.shape[1])
         _check_energies(energies, self.data.rows[:2].cpu())
-        settings = self.settings.train
-        if name == "flow":
-            settings = replace(settings, n_iter_first_gain=min(_FIRST_GAIN_ON_FLOWS, settings.n_iter_first_gain))
-        return self.train(name, TiltedEnsemble(bases, energies), flow, settings, rival_score)
+        return self.train(name, TiltedEnsemble(bases, energies), flow, self.settings.train, rival_score)
 
     def _make_flow(self, **size: int) -> CouplingFlow:
         with seeded_modules(self.generator):

@@ -30,6 +30,13 @@ class ProgressLine:
         )
         if iteration:
             text += f", at most {seconds / iteration * (self.max_iter - iteration):.0f} s left on this base"
+        self._show(text)
+
+    def announce(self, what: str) -> None:
+        """Show what is done between two checks, where it takes long."""
+        self._show(f"[EBMFlowDensity] {what}")
+
+    def _show(self, text: str) -> None:
         if self.is_terminal:
             # Blanks wipe out what is left of a longer line before.
             self.stream.write("\r" + text.ljust(self._width))

@@ -50,6 +50,7 @@ class Outcome(enum.Enum):
     MAX_ITER = "max_iter was reached"
     STOPPED = "a callback stopped it"
     INTERRUPTED = "it was interrupted from the keyboard"
+    UNTRAINED = "flows need no energies on top"
     LEFT_BEHIND = "another base was too far ahead to catch up with"
     SAMPLER_TOO_WEAK = "the flow could no longer propose for the energy: the effective sample size stayed too low"
     NON_FINITE = "the loss became non-finite; the last good parameters were kept"
@@ -191,6 +192,8 @@ def train(
     monitor.record(check, state.snapshot)
     # Whatever decides how training goes on is decided in one process, or they would part ways.
     outcome = Outcome.STOPPED if group.from_first(lambda: report(check, state.snapshot)) else None
+    if outcome is None and settings.max_iter == 0:
+        outcome = Outcome.UNTRAINED
     quarter = max(settings.max_iter // 4, settings.validate_every)
     try:
         while outcome is None:

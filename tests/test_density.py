@@ -10,6 +10,11 @@ from sklearn.datasets import load_iris
 from torch import nn
 
 from sk_ebm import EBMFlowDensity, LowEffectiveSampleSizeWarning, TrainingWarning
+from sk_ebm._fitting import _Trainer
+from sk_ebm._folds import Folds
+from sk_ebm._mixture import Mixture
+from sk_ebm._parallel import ALONE
+from sk_ebm._selection import Bases
 from sk_ebm._training import Outcome
 
 QUICK = {
@@ -452,6 +457,62 @@ def test_an_interrupt_before_training_leaves_the_previous_fit(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         model.fit(X[:40])
     np.testing.assert_array_equal(model.score_samples(X), before)
+
+
+def test_flows_that_lead_join_without_energies_on_top(monkeypatch, capsys):
+    monkeypatch.setattr("sk_ebm._fitting._Trainer._leads", lambda *arguments: True)
+    monkeypatch.setattr(
+        "sk_ebm._fitting.stacking_shares", lambda held_out, *others: [0.0] * (len(held_out) - 1) + [1.0]
+    )
+    X = two_clusters(90, 3)
+    model = quick(base="auto", verbose=1).fit(X)
+    assert "fitting flow 2 of 2" in capsys.readouterr().out
+    assert model.base_["name"] == "flow"
+    assert model.outcome_ == Outcome.UNTRAINED.value
+    assert model.converged_
+    assert model.n_iter_ == 0
+    assert np.isnan(model.acceptance_rate_["flow"])
+    assert np.isfinite(model.score(X))
+    assert quick(base="flow").fit(X).n_iter_ > 0
+
+
+def test_an_interrupt_while_flows_are_fitted_keeps_what_is_trained(monkeypatch):
+    X = two_clusters(90, 3)
+    monkeypatch.setattr("sk_ebm._fitting._Trainer._flow_bases", Mock(side_effect=KeyboardInterrupt))
+    with pytest.warns(TrainingWarning, match="interrupted"):
+        model = quick(base="auto").fit(X)
+    assert Outcome.INTERRUPTED.value in model.outcome_
+    assert np.isfinite(model.score(X))
+    with pytest.raises(KeyboardInterrupt):
+        quick(base="flow").fit(X)
+
+
+def test_a_flow_is_measured_on_the_rows_it_was_judged_by():
+    """One row far out makes the Gaussian look bad on fold 0 alone; that is no merit of a flow."""
+    rows = torch.tensor([[0.0], [30.0], [0.0], [0.0]])
+    data = Folds(rows, torch.ones(4), torch.tensor([0, 0, 1, 1]), 2)
+    narrow, wide = (
+        Mixture(torch.zeros(1).double(), torch.zeros(1, 1).double(), torch.full((1, 1, 1), scale).double())
+        for scale in (1.0, 10.0)
+    )
+
+    def bases(density):
+        log_prob = torch.stack([density.log_prob(rows.double())] * 2)
+        return Bases([density] * 2, data.held_out_mean(log_prob))
+
+    of_kind = {"gaussian": bases(narrow), "mixture": bases(wide)}
+    gain_of_energies = 0.1
+    candidates = [
+        Mock(result=Mock(held_out_log_likelihood=of_kind["mixture"].score + gain_of_energies)),
+    ]
+    candidates[0].name = "mixture"
+    trainer = Mock(judged=data, group=ALONE)
+    rival = float(wide.log_prob(rows[:2].double()).mean()) + gain_of_energies
+    assert not _Trainer._leads(trainer, rival - 0.01, of_kind, candidates)
+    assert _Trainer._leads(trainer, rival + 0.03, of_kind, candidates)
+    gain = rival - float(narrow.log_prob(rows[:2].double()).mean())
+    assert _Trainer._leads(trainer, rival - 0.3 * gain, of_kind, candidates, 0.5)
+    assert not _Trainer._leads(trainer, rival - 0.4 * gain, of_kind, candidates, 0.5)
 
 
 class TestCallbacks:

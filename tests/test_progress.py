@@ -42,6 +42,12 @@ def test_on_a_terminal_the_line_is_written_over_and_ended_once():
     assert stream.getvalue().count("\n") == 1
 
 
+def test_it_tells_what_is_done_between_checks():
+    stream = io.StringIO()
+    ProgressLine(stream, max_iter=120).announce("base flow, fitting flow 1 of 6")
+    assert stream.getvalue() == "[EBMFlowDensity] base flow, fitting flow 1 of 6\n"
+
+
 def test_a_line_never_begun_is_not_ended():
     stream = Terminal()
     ProgressLine(stream, max_iter=120).close()
