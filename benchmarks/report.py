@@ -12,6 +12,11 @@ OURS, FLOWS = "EBMFlowDensity", ("normflows RQS", "zuko NSF")
 PACKAGES = ("scikit-learn", "torch", "normflows", "zuko", "pyvinecopulib", "torchebm")
 # A table of n rows in all is counted with the size it comes nearest to.
 SIZES = (200, 1000, 5000, 20_000)
+# What the README shows: the tasks of the core, some that are hard, and every table that was run.
+README_SIZE = 1000
+README_TASKS = """rings checkerboard two_moons eight_gaussians two_modes_10d student_t_5d copula_8d claw_1d funnel_10d
+    eight_modes_50d ill_conditioned_20d four_moons_8d""".split()
+README_MARKS = "<!-- accuracy table -->\n", "<!-- end of accuracy table -->\n"
 _GRID_ERROR = 0.001
 # Divergences (nats) below it are as good as none, and the mean over test rows may even be negative.
 _LEAST_KL = 0.001
@@ -60,13 +65,48 @@ class Cell:
         return float(np.median(found)) if found else math.nan
 
 
-def write_report(rows: list[dict], path: Path) -> None:
-    """Write RESULTS.md."""
+def cells_with_peers(rows: list[dict]) -> list[Cell]:
+    """Return the cells that have more than our own rows."""
     groups = defaultdict(list)
     for row in rows:
         groups[row["name"], row["n_train"]].append(row)
     cells = [Cell(group) for group in groups.values()]
-    cells = [cell for cell in cells if any(model != OURS for model in cell.rows)]
+    return [cell for cell in cells if any(model != OURS for model in cell.rows)]
+
+
+def write_readme(rows: list[dict], path: Path) -> None:
+    """Write the table of the README, between its marks."""
+    cells = [cell for cell in cells_with_peers(rows) if _size(cell) == README_SIZE and cell.rows[OURS]]
+    columns = {peer: [peer] for peer in ("KernelDensity", "GaussianMixture", "vine copula")}
+    columns |= {"best spline flow": list(FLOWS), "Langevin EBM": ["Langevin EBM"], OURS: [OURS]}
+    lines = ["| | " + " | ".join(columns) + " | our fit, s |", "| --- " * (len(columns) + 2) + "|"]
+
+    def add(cell: Cell) -> None:
+        losses = [min(cell.loss(model) for model in models) for models in columns.values()]
+        texts = ["–" if math.isinf(loss) else f"{loss if cell.is_known else -loss:.3f}" for loss in losses]
+        texts = [f"**{text}**" if loss == min(losses) else text for text, loss in zip(texts, losses, strict=True)]
+        lines.append(f"| {cell.name} | " + " | ".join(texts) + f" | {cell.median(OURS, 'fit_seconds'):.0f} |")
+
+    for cell in sorted((c for c in cells if c.name in README_TASKS), key=lambda c: README_TASKS.index(c.name)):
+        add(cell)
+    lines.append("| *held-out log-likelihood* |" + " |" * (len(columns) + 1))
+    for cell in sorted((c for c in cells if not c.is_known), key=lambda c: c.name):
+        add(cell)
+    before, start, rest = path.read_text().partition(README_MARKS[0])
+    _, end, after = rest.partition(README_MARKS[1])
+    if not end:
+        raise ValueError(f"{path} lacks the lines {README_MARKS}.")
+    path.write_text(before + start + "\n".join(lines) + "\n" + end + after)
+
+
+def _size(cell: Cell) -> int:
+    """Return the size that a cell is counted with."""
+    return min(SIZES, key=lambda size: abs(math.log(size / cell.n_train)))
+
+
+def write_report(rows: list[dict], path: Path) -> None:
+    """Write RESULTS.md."""
+    cells = cells_with_peers(rows)
     models = [OURS, *dict.fromkeys(row["model"] for row in rows if row["model"] != OURS)]
     n_seeds = len({row["seed"] for row in rows})
     parts = [
@@ -78,7 +118,7 @@ def write_report(rows: list[dict], path: Path) -> None:
         "errors of it, ✗ worse."
     ]
     for size in SIZES:
-        of_size = [cell for cell in cells if min(SIZES, key=lambda s: abs(math.log(s / cell.n_train))) == size]
+        of_size = [cell for cell in cells if _size(cell) == size]
         if of_size:
             parts.append(f"## n = {size}\n\n{_summary(of_size)}")
             for title, is_known in (("KL(truth || model) in nats", True), ("Held-out log-likelihood in nats", False)):

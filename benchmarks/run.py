@@ -1,8 +1,9 @@
 """Fit every density to every task and table, and write what it costs and how good it is.
 
-Run ``python benchmarks/run.py --data FOLDER --output results.jsonl --report benchmarks/RESULTS.md``. Every job is a
-process of its own with one thread. Finished jobs are read back from the output file, so an interrupted run goes on
-where it stopped. Without a folder of tables, only those that scikit-learn bundles run.
+Run ``python benchmarks/run.py --data FOLDER --output results.jsonl --report benchmarks/RESULTS.md``; with
+``--readme README.md`` it writes the table of the README too. Every job is a process of its own with one thread. Finished
+jobs are read back from the output file, so an interrupted run goes on where it stopped. Without a folder of tables, only
+those that scikit-learn bundles run.
 """
 
 import argparse
@@ -22,7 +23,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from memory import with_peak_memory  # noqa: E402
 from peers import PEERS  # noqa: E402
-from report import write_report  # noqa: E402
+from report import write_readme, write_report  # noqa: E402
 from tables import tables  # noqa: E402
 from tasks import Task, all_tasks  # noqa: E402
 
@@ -145,6 +146,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=None)
     parser.add_argument("--output", type=Path, default=Path("results.jsonl"))
     parser.add_argument("--report", type=Path, default=None)
+    parser.add_argument("--readme", type=Path, default=None, help="a README whose table of accuracy to write")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--sizes", type=int, nargs="+", default=[200, 1000, 5000, 20_000])
     parser.add_argument("--tasks", nargs="+", default=None, help="names of tasks and tables; all by default")
@@ -187,6 +189,8 @@ def main() -> None:
             )
     if options.report:
         write_report(rows, options.report)
+    if options.readme:
+        write_readme(rows, options.readme)
 
 
 if __name__ == "__main__":
