@@ -53,7 +53,7 @@ MUTATIONS = {
         ),
         ("share = 1 / (n_samples + 1)", "share = 0.0"),
         ("math.log(total) - 2 * log_likelihood", "math.log(total) + 2 * log_likelihood"),
-        ("shrinkage = min(1.0, 0.1 * d / n_samples)", "shrinkage = 0.0"),
+        ("shrinkage = min(1.0, 0.1 * (d / n_samples) ** 2)", "shrinkage = 0.0"),
     ],
     "_training": [
         ("positive_phase - negative_phase\n", "positive_phase + negative_phase\n"),

@@ -1,9 +1,9 @@
 """Fit every density to every task and table, and write what it costs and how good it is.
 
 Run ``python benchmarks/run.py --data FOLDER --output results.jsonl --report benchmarks/RESULTS.md``; with
-``--readme README.md`` it writes the table of the README too. Every job is a process of its own with one thread. Finished
-jobs are read back from the output file, so an interrupted run goes on where it stopped. Without a folder of tables, only
-those that scikit-learn bundles run.
+``--readme README.md`` it writes the table of the README too. Every job is a process of its own with one thread.
+Finished jobs are read back from the output file, so an interrupted run goes on where it stopped. Without a folder of
+tables, only those that scikit-learn bundles run.
 """
 
 import argparse

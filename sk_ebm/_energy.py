@@ -75,6 +75,38 @@ class SeparateEnergies(nn.Module):
         return torch.stack([network(own) for network, own in zip(self.networks, rows, strict=True)])
 
 
+class WhitenedEnergies(nn.Module):
+    """K networks, each of which sees the rows whitened by those it trains on.
+
+    The coordinates are whitened by all rows, held-out ones too. With few rows per feature that puts these nearer to the
+    centre than new ones, a network that trains on the others learns from their distances where, and the held-out
+    likelihood no longer tells how likely new rows are.
+
+    Parameters
+    ----------
+    energies : module
+        The K networks.
+    means : tensor of shape (K, d)
+        Means of the rows that each network trains on.
+    whiteners : tensor of shape (K, d, d)
+        Matrices that whiten them once they are centred.
+    """
+
+    shift: torch.Tensor
+    matrix: torch.Tensor
+
+    def __init__(self, energies: nn.Module, means: torch.Tensor, whiteners: torch.Tensor) -> None:
+        super().__init__()
+        self.energies = energies
+        self.register_buffer("matrix", whiteners.mT)
+        self.register_buffer("shift", -means.unsqueeze(-2) @ self.matrix)
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        """Return the energies of the rows `z`."""
+        rows = z.expand(len(self.matrix), *z.shape[-2:])
+        return self.energies(torch.baddbmm(self.shift, rows, self.matrix))
+
+
 def resolve_hidden_layer_sizes(n_samples: int) -> tuple[int, ...]:
     """Choose a network that grows slowly with the data: 64 units at 1000 rows, 96 at 5000, 128 from 10 000 on."""
     width = 64 * (max(n_samples, 1000) / 1000) ** 0.25

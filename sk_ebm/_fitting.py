@@ -12,10 +12,11 @@ import torch
 from torch import nn
 
 from sk_ebm._bounds import BoundsMap
+from sk_ebm._energy import WhitenedEnergies
 from sk_ebm._flow import CouplingFlow
 from sk_ebm._folds import Folds, mixed_order
 from sk_ebm._log_normalizer import LogNormalizer, estimate_log_normalizer
-from sk_ebm._mixture import fit_gaussian
+from sk_ebm._mixture import Mixture, fit_gaussian
 from sk_ebm._model import StackedDensity, TiltedEnsemble
 from sk_ebm._sampler import (
     MixtureProposal,
@@ -421,6 +422,9 @@ class _Trainer:
         with seeded_modules(self.generator):
             energies = self.settings.make_energies(len(bases), self.data.rows.shape[1])
         _check_energies(energies, self.data.rows[:2].cpu())
+        gaussians = [self._gaussian(k) for k in range(len(bases))]
+        means, whiteners = (torch.cat([getattr(g, part) for g in gaussians]) for part in ("means", "whiteners"))
+        energies = WhitenedEnergies(energies, means, whiteners)
         return self.train(name, TiltedEnsemble(bases, energies), flow, self.settings.train, rival_score)
 
     def _make_flow(self, **size: int) -> CouplingFlow:
@@ -435,9 +439,7 @@ class _Trainer:
     ) -> float:
         is_held_out = self.data.fold == held_out_fold
         weight = self.data.weight * ~is_held_out
-        # In double precision, as all bases.
-        judged = self.judged.weight * (self.judged.fold != held_out_fold)
-        gaussian = fit_gaussian(self.judged.rows.cpu().double(), judged.cpu().double())
+        gaussian = self._gaussian(held_out_fold)
         flow.start_at(gaussian.means[0].to(self.data.rows), gaussian.scale_trils[0].to(self.data.rows))
         return fit_flow(
             flow,
@@ -451,6 +453,11 @@ class _Trainer:
             group=self.group,
             data_share=self.settings.train.data_share,
         )
+
+    def _gaussian(self, held_out_fold: int) -> Mixture:
+        """Fit a Gaussian to the rows of all folds but one, in double precision, as all bases."""
+        weight = self.judged.weight * (self.judged.fold != held_out_fold)
+        return fit_gaussian(self.judged.rows.cpu().double(), weight.cpu().double())
 
 
 def _feature_map_and_bases(

@@ -286,7 +286,7 @@ def _fit_margins(
 def _symmetric_whitener(covariance: torch.Tensor, n_samples: float) -> torch.Tensor:
     """Inverse square root of a covariance shrunk towards its diagonal, more so with few rows per feature."""
     d = len(covariance)
-    shrinkage = min(1.0, 0.1 * d / n_samples)
+    shrinkage = min(1.0, 0.1 * (d / n_samples) ** 2)
     variances = covariance.diagonal()
     covariance = covariance + torch.diag((variances == 0).to(variances))
     shrunk = (1 - shrinkage) * covariance + shrinkage * torch.diag(covariance.diagonal())

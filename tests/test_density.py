@@ -313,6 +313,23 @@ def test_held_out_rows_do_not_flatter_a_base_of_flows():
     assert model.base_["validation_log_likelihood"] < model.score_samples(X[90:]).mean() + 1
 
 
+def test_energies_see_rows_whitened_by_those_they_train_on():
+    # Whitened by all of 60 rows, 20 features of new rows are farther out than held-out rows.
+    X = np.random.default_rng(0).normal(size=(1060, 20))
+    model = quick(max_iter=1).fit(X[:60])
+    energies = model.density_.ensembles[0].energies
+    seen = [
+        torch.baddbmm(energies.shift, model.feature_map_(torch.tensor(rows))[0].expand(2, -1, -1), energies.matrix)
+        for rows in (X[:60], X[60:])
+    ]
+    distance, new_distance = (rows.square().mean(-1) for rows in seen)
+    is_held_out = np.isfinite(model.oob_log_density_)
+    # One of the two members has not seen such a row.
+    assert float(distance.amax(0)[is_held_out].mean()) > 0.8 * float(new_distance.mean())
+    assert float(distance[:, ~is_held_out].mean()) < 0.8 * float(new_distance.mean())
+    assert float(distance.amin(0)[is_held_out].mean()) < 0.8 * float(new_distance.mean())
+
+
 def test_healthy_fit_does_not_warn():
     with warnings.catch_warnings():
         warnings.simplefilter("error")

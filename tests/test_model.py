@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
+from helpers import normal
 from torch import nn
 
-from sk_ebm._energy import MLPEnergies, resolve_hidden_layer_sizes
+from sk_ebm._energy import MLPEnergies, SeparateEnergies, WhitenedEnergies, resolve_hidden_layer_sizes
 from sk_ebm._mixture import fit_gaussian
 from sk_ebm._model import StackedDensity, TiltedEnsemble
 
@@ -137,3 +138,12 @@ def test_a_frozen_copy_keeps_dtype_and_scale():
     assert frozen.scale.dtype == torch.float64
     assert torch.equal(frozen.scale, model.scale)
     assert not frozen.is_flat
+
+
+def test_whitened_energies_are_those_of_whitened_rows():
+    networks = [nn.Sequential(nn.Linear(3, 1), nn.Flatten(0)).double() for _ in range(2)]
+    means, whiteners, z = normal(2, 3), normal(2, 3, 3, seed=1), normal(2, 5, 3, seed=2)
+    energies = WhitenedEnergies(SeparateEnergies(networks), means, whiteners)
+    for k in range(2):
+        torch.testing.assert_close(energies(z)[k], networks[k]((z[k] - means[k]) @ whiteners[k].T))
+        torch.testing.assert_close(energies(z[0])[k], networks[k]((z[0] - means[k]) @ whiteners[k].T))
