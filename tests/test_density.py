@@ -366,7 +366,7 @@ class Quadratic(nn.Module):
 
 def test_own_energy_is_trained():
     model = quick(energy=Quadratic).fit(two_clusters(100, 2))
-    energies = model.density_.ensembles[0].energies.networks
+    energies = model.density_.ensembles[0].energies.energies.networks
     assert isinstance(energies[0], Quadratic)
     assert len(energies) == 2
 
@@ -380,7 +380,7 @@ def energy_with_a_frozen_layer(n_features):
 def test_frozen_parameters_of_a_users_energy_stay_as_they_are():
     X = two_clusters(60, 2)
     model = quick(energy=energy_with_a_frozen_layer, max_iter=3, warm_start=True).fit(X).fit(X)
-    for network in model.density_.ensembles[0].energies.networks:
+    for network in model.density_.ensembles[0].energies.energies.networks:
         assert bool((network[0].weight == 0.25).all())
         assert not bool((network[2].bias == 0).all())
 
