@@ -13,7 +13,7 @@ import torch
 from sk_ebm import EBMFlowDensity, LowEffectiveSampleSizeWarning, TrainingWarning
 
 CHOICES = {
-    "base": ["auto", "gaussian", "student_t", "mixture", "flow"],
+    "base": ["auto", "gaussian", "student_t", "mixture", "heavy_tailed_mixture", "flow"],
     "feature_map": ["auto", "standard", "marginal"],
     "flow": ["spline", "affine"],
     "sampler": ["isir", "imh"],

@@ -75,11 +75,13 @@ class EBMFlowDensity(Versioned, CallbackSupportMixin, DensityMixin, BaseEstimato
 
     Parameters
     ----------
-    base : {"auto", "gaussian", "student_t", "mixture", "flow"} or callable, default="auto"
-        Base density q_0. "auto" trains energies on a Gaussian and, where another does better, on the best of the
-        others, and mixes the results with the shares that make held-out rows most likely; a base of flows joins
-        where a flow beats both. A function ``(z, weight) -> torch.nn.Module`` fits a base of your own to whitened
-        rows (n, n_features); the module needs ``log_prob(z)`` and ``sample(n_samples, generator)``.
+    base : {"auto", "gaussian", "student_t", "mixture", "heavy_tailed_mixture", "flow"} or callable, default="auto"
+        Base density q_0. "mixture" is one of Gaussians; in "heavy_tailed_mixture" a Student t joins, so that a row
+        far from all others costs nats, not hundreds of them. "auto" trains energies on a Gaussian and, where it does
+        better, on a heavy-tailed mixture, and mixes the results with the shares that make held-out rows most likely;
+        a base of flows, with the same tails, joins where a flow beats both. A function
+        ``(z, weight) -> torch.nn.Module`` fits a base of your own to whitened rows (n, n_features); the module needs
+        ``log_prob(z)`` and ``sample(n_samples, generator)``.
     feature_map : {"auto", "standard", "marginal"}, default="auto"
         Map of the features before everything else: whitening, or normal scores of each feature and whitening.
         "auto" takes the normal scores where held-out rows become clearly more likely.
@@ -208,7 +210,10 @@ class EBMFlowDensity(Versioned, CallbackSupportMixin, DensityMixin, BaseEstimato
     """
 
     _parameter_constraints: dict[str, list[Any]] = {
-        "base": [StrOptions({"auto", "gaussian", "student_t", "mixture", "flow"}), callable],
+        "base": [
+            StrOptions({"auto", "gaussian", "student_t", "mixture", "heavy_tailed_mixture", "flow"}),
+            callable,
+        ],
         "feature_map": [StrOptions({"auto", "standard", "marginal"})],
         "bounds": ["array-like", dict, None],
         "energy": [callable, None],

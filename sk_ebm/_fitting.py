@@ -19,15 +19,24 @@ from sk_ebm._log_normalizer import LogNormalizer, estimate_log_normalizer
 from sk_ebm._mixture import Mixture, fit_gaussian
 from sk_ebm._model import StackedDensity, TiltedEnsemble
 from sk_ebm._sampler import (
-    MixtureProposal,
     Pool,
     defensive_proposal,
     draw_pool,
     log_weight,
     pool_log_weight,
 )
-from sk_ebm._selection import MAX_FIT_ROWS, Bases, FitBase, choose_feature_map, cross_fit_bases, name_of
-from sk_ebm._stacking import stacking_shares
+from sk_ebm._selection import (
+    HEAVY_TAILED,
+    MAX_FIT_ROWS,
+    MIN_TAIL_SHARE,
+    Bases,
+    FitBase,
+    choose_feature_map,
+    cross_fit_bases,
+    mix_with_tails,
+    name_of,
+)
+from sk_ebm._stacking import DensityMixture, stacking_shares
 from sk_ebm._support import FeatureMap, fit_feature_map
 from sk_ebm._training import ENDED_BY_USER, MAX_JUDGED_ROWS, Outcome, TrainResult, TrainSettings, fit_flow, train
 from sk_ebm._types import Density
@@ -44,13 +53,16 @@ _FLOW_STEPS, _FLOW_PATIENCE = 300, 4
 _BASE_FLOW_STEPS, _BASE_FLOW_PATIENCE, _BASE_FLOW_LAYERS = 1000, 8, 4
 # What to fit before energies are trained; the Gaussian is what others are measured by.
 _KINDS: dict[str, tuple[str, ...]] = {
-    "auto": ("gaussian", "student_t", "mixture"),
+    "auto": ("gaussian", HEAVY_TAILED),
     "gaussian": ("gaussian",),
     "student_t": ("gaussian", "student_t"),
     "mixture": ("gaussian", "mixture"),
+    HEAVY_TAILED: ("gaussian", HEAVY_TAILED),
     "flow": ("gaussian",),
 }
 _STACKING_DRAWS = 20_000
+# Smaller shares are not worth the time that it takes to score energies or flows.
+_MIN_SHARE = 0.1
 _SCALES = (1.0, 0.75, 0.5, 0.25, 0.0)
 _CHUNK = 8192
 _MIN_DRAWS = 2 * _CHUNK
@@ -91,7 +103,7 @@ class FittedModel(NamedTuple):
     scores: dict[str, float]
     endings: dict[str, tuple[Outcome, int]]
     model: StackedDensity
-    proposal: MixtureProposal
+    proposal: DensityMixture
     log_normalizer: LogNormalizer
 
 
@@ -142,7 +154,8 @@ def fit_model(
     candidates = trainer.temper(candidates)
     held_out, is_covered = trainer.held_out_log_prob(candidates)
     of_judged, judged = trainer.of_judged(held_out), trainer.judged.weight.cpu().double()
-    shares = group.from_first(lambda: stacking_shares(of_judged, judged, is_covered))
+    least = torch.tensor([_least_share(candidate) for candidate in candidates])
+    shares = group.from_first(lambda: stacking_shares(of_judged, judged, is_covered, least))
     share_of = {c.name: 0.0 for c in trained} | {c.name: share for c, share in zip(candidates, shares, strict=True)}
     left_behind = [candidate for candidate in trained if candidate.result.outcome is Outcome.LEFT_BEHIND]
     candidates = [*candidates, *left_behind]
@@ -171,7 +184,7 @@ def _assemble(
 
 @torch.no_grad()
 def estimate_log_normalizer_of(
-    density: StackedDensity, proposal: MixtureProposal, generator: torch.Generator, *, std_error: float
+    density: StackedDensity, proposal: DensityMixture, generator: torch.Generator, *, std_error: float
 ) -> LogNormalizer:
     """Estimate log Z by importance sampling, with as many draws as `std_error` (nats) asks for, up to a limit."""
     log_weights: list[torch.Tensor] = []
@@ -248,6 +261,8 @@ class _Trainer:
             result = candidates[best].result._replace(outcome=Outcome.INTERRUPTED)
             candidates[best] = candidates[best]._replace(result=result)
             return candidates
+        if flows and self.settings.base == "auto":
+            flows = self._with_tails(flows, bases)
         if flows:
             candidates.append(self._start("flow", flows, flow))
         return candidates
@@ -286,6 +301,13 @@ class _Trainer:
             if k == 0 and is_auto and not self._leads(max(score, flow_score), bases, candidates):
                 return []
         return flows
+
+    def _with_tails(self, flows: list[Density], bases: dict[str, Bases]) -> list[Density]:
+        """Mix each flow with the best base of its member: beyond the rows that it has seen, a flow knows no tails."""
+        best = max(bases.values(), key=lambda b: b.score)
+        members = [copy.deepcopy(member).to(self.judged.rows) for member in best.members]
+        parts = [Bases(flows, math.nan), best._replace(members=members)]
+        return self.group.from_first(lambda: mix_with_tails(parts, self.judged).members)
 
     def _leads(
         self, flow_score: float, bases: dict[str, Bases], candidates: list[Candidate], more: float = 0.0
@@ -504,10 +526,15 @@ def _check_energies(energies: nn.Module, z: torch.Tensor) -> None:
         raise ValueError(f"The energy must be finite before training, but it returned {value.tolist()}.")
 
 
-def _joint_proposal(candidates: list[Candidate]) -> MixtureProposal:
+def _least_share(candidate: Candidate) -> float:
+    """Return the share that makes a candidate worth scoring: heavy tails alone are cheap, and one row may need them."""
+    return MIN_TAIL_SHARE if candidate.name == HEAVY_TAILED and candidate.model.is_flat else _MIN_SHARE
+
+
+def _joint_proposal(candidates: list[Candidate]) -> DensityMixture:
     """Propose from every candidate's flow and bases."""
     parts = [defensive_proposal(c.flow, list(c.model.bases)) for c in candidates]
-    return MixtureProposal(
+    return DensityMixture(
         [component for part in parts for component in part.components],
         [share / len(parts) for part in parts for share in part.proportions],
     )
@@ -515,7 +542,7 @@ def _joint_proposal(candidates: list[Candidate]) -> MixtureProposal:
 
 @torch.no_grad()
 def _stack(
-    candidates: list[Candidate], shares: list[float], proposal: MixtureProposal, generator: torch.Generator
+    candidates: list[Candidate], shares: list[float], proposal: DensityMixture, generator: torch.Generator
 ) -> StackedDensity:
     """Pool the members of each candidate, then mix the pools."""
     ensembles = [candidate.model for candidate in candidates]

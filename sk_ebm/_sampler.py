@@ -1,7 +1,6 @@
 """Draws from the model: the defensive proposal, the pool of its draws, and chains with local and global moves."""
 
 import copy
-import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -11,8 +10,8 @@ import torch
 from sk_ebm._kernels import GlobalState, Info, LogDensityAndGrad, imh_step, init_local, isir_step, mala_step
 from sk_ebm._log_normalizer import effective_sample_size
 from sk_ebm._model import StackedDensity, TiltedEnsemble
-from sk_ebm._stacking import mixture_shares
-from sk_ebm._types import Density, ModuleList
+from sk_ebm._stacking import DensityMixture, mixture_shares
+from sk_ebm._types import Density
 
 LogDensity = Callable[[torch.Tensor], torch.Tensor]
 
@@ -31,55 +30,12 @@ CHUNK = 1024
 _SEPARATION_STEPS = (0.1, 0.03, 0.01, 0.003)
 
 
-class MixtureProposal(Density):
-    """Mixture of normalised densities to draw independent proposals from.
-
-    Parameters
-    ----------
-    components : sequence of modules
-        Densities with ``log_prob`` and ``sample``.
-    proportions : sequence of float
-        Their shares, which sum to one.
-    """
-
-    def __init__(self, components: Sequence[Density], proportions: Sequence[float]) -> None:
-        super().__init__()
-        self.components = ModuleList(components)
-        self.proportions = list(proportions)
-
-    def sample(self, n_samples: int, generator: torch.Generator) -> torch.Tensor:
-        """Draw `n_samples` rows in random order, from each component as many as its share, rounded up or down.
-
-        One random offset rounds all, so the expected number of each component is exact however few rows are drawn.
-        """
-        offset = float(torch.rand(1, generator=generator, device=generator.device))
-        edges = [math.floor(n_samples * share + offset) for share in itertools.accumulate(self.proportions)]
-        edges[-1] = n_samples
-        counts = [stop - start for start, stop in itertools.pairwise([0, *edges])]
-        z = torch.cat(
-            [c.sample(n, generator) for c, n in zip(self.components, counts, strict=True) if n],
-        )
-        return z[torch.randperm(n_samples, generator=generator, device=z.device)]
-
-    def log_prob(self, z: torch.Tensor) -> torch.Tensor:
-        """Return the log density (nats) of each row, shape (n,)."""
-        return self.mix(self.component_log_prob(z))
-
-    def component_log_prob(self, z: torch.Tensor) -> torch.Tensor:
-        """Return the log density (nats) of each row under each component, shape (J, n)."""
-        return torch.stack([component.log_prob(z) for component in self.components])
-
-    def mix(self, component_log_prob: torch.Tensor) -> torch.Tensor:
-        """Return the log density (nats) of rows from those under the components."""
-        return (component_log_prob + component_log_prob.new_tensor(self.proportions).log().unsqueeze(-1)).logsumexp(0)
-
-
 def defensive_proposal(
     flow: Density, bases: Sequence[Density], defensive_fraction: float = _DEFENSIVE_FRACTION
-) -> MixtureProposal:
+) -> DensityMixture:
     """Mix (1 - a) of a flow that proposes well with a of the bases, which keep the weights bounded."""
     shares = [defensive_fraction / len(bases)] * len(bases)
-    return MixtureProposal([flow, *bases], [1 - defensive_fraction, *shares])
+    return DensityMixture([flow, *bases], [1 - defensive_fraction, *shares])
 
 
 class Pool(NamedTuple):
@@ -127,7 +83,7 @@ class SamplerReport(NamedTuple):
 
 
 @torch.no_grad()
-def draw_pool(proposal: MixtureProposal, n_samples: int, generator: torch.Generator) -> Pool:
+def draw_pool(proposal: DensityMixture, n_samples: int, generator: torch.Generator) -> Pool:
     """Draw a pool of `n_samples` proposals; one that overflowed gets weight zero."""
     position = proposal.sample(n_samples, generator)
     is_finite = position.isfinite().all(-1)
@@ -136,7 +92,7 @@ def draw_pool(proposal: MixtureProposal, n_samples: int, generator: torch.Genera
     return pool._replace(log_proposal=log_proposal)
 
 
-def _evaluate(proposal: MixtureProposal, position: torch.Tensor) -> Pool:
+def _evaluate(proposal: DensityMixture, position: torch.Tensor) -> Pool:
     component_log_prob = torch.cat([proposal.component_log_prob(part) for part in position.split(CHUNK)], dim=-1)
     return Pool(position, proposal.mix(component_log_prob), component_log_prob, tuple(proposal.components))
 
@@ -191,7 +147,7 @@ class Chains:
 
     @torch.no_grad()
     def move(
-        self, model: TiltedEnsemble, proposal: MixtureProposal, pool: Pool, generator: torch.Generator
+        self, model: TiltedEnsemble, proposal: DensityMixture, pool: Pool, generator: torch.Generator
     ) -> SamplerReport:
         """Run one round of global and local moves of all chains."""
         global_info = self._move_globally(model, proposal, pool, generator)
@@ -205,7 +161,7 @@ class Chains:
         return SamplerReport(local_rate.mean(), global_info.is_accepted.to(self.position.dtype).mean())
 
     def _move_globally(
-        self, model: TiltedEnsemble, proposal: MixtureProposal, pool: Pool, generator: torch.Generator
+        self, model: TiltedEnsemble, proposal: DensityMixture, pool: Pool, generator: torch.Generator
     ) -> Info:
         n_members, n_chains, d = self.position.shape
         here = _evaluate(proposal, self.position.reshape(-1, d))
@@ -263,7 +219,7 @@ def start_chains(model: TiltedEnsemble, pool: Pool, n_chains: int, generator: to
 
 @torch.no_grad()
 def draw_from_density(
-    density: StackedDensity, proposal: MixtureProposal, n_samples: int, generator: torch.Generator
+    density: StackedDensity, proposal: DensityMixture, n_samples: int, generator: torch.Generator
 ) -> torch.Tensor:
     """Draw rows from a density: keep each proposal as often as its weight asks, then move those kept twice apart.
 
@@ -303,8 +259,8 @@ def draw_from_density(
 
 
 def _prepare_sampling(
-    density: StackedDensity, proposal: MixtureProposal, n_pilot: int, generator: torch.Generator
-) -> tuple[MixtureProposal, float, float]:
+    density: StackedDensity, proposal: DensityMixture, n_pilot: int, generator: torch.Generator
+) -> tuple[DensityMixture, float, float]:
     """Choose what to propose from, and a cap of the log weights below which a proposal is kept once at most.
 
     Bases are far cheaper than flows. Mixed with the shares that suit the density, they often propose well enough; if
@@ -322,7 +278,7 @@ def _prepare_sampling(
         # No component is left out: the density may need it where the pilot did not look.
         shares = (1 - _LEAST_SHARE) * shares + _LEAST_SHARE / len(shares)
         cheap = [part for part, is_one in zip(pool.components, is_cheap, strict=True) if is_one]
-        lean = MixtureProposal(cheap, shares.tolist())
+        lean = DensityMixture(cheap, shares.tolist())
         # Judged on draws of the whole proposal too, which see what the lean one would miss.
         log_square = (probability.log() + weight + pool.log_proposal - lean.mix(log_prob))[probability > 0].logsumexp(0)
         seen_by_all = float((weight.logsumexp(0) - math.log(n_pilot) - log_square).exp())

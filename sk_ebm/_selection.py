@@ -17,7 +17,7 @@ from sk_ebm._mixture import (
     kmeans_labels,
     mixture_of_mixtures,
 )
-from sk_ebm._stacking import mixture_shares
+from sk_ebm._stacking import DensityMixture, mixture_shares, shares_with_prior
 from sk_ebm._student_t import fit_student_t
 from sk_ebm._support import FeatureMap, fit_feature_map
 from sk_ebm._types import Density
@@ -34,6 +34,9 @@ _PARSIMONY = 0.5
 # Where so many rows share the value of a feature, components as narrow as the rounding may be worth a try, which the
 # prior of their covariances would forbid.
 _MIN_SHARE_OF_ATOM, _MIN_ROWS_OF_ATOM, _PRIOR_COUNT_AT_ATOMS, _MIN_SHARE_AT_ATOMS = 0.02, 5, 1e-6, 0.05
+# The name of a mixture that a Student t may join, and the least share of either. With many rows, held-out ones would
+# ask for more if there were any use.
+HEAVY_TAILED, MIN_TAIL_SHARE = "heavy_tailed_mixture", 2e-4
 # EM has local optima: the mixture chosen is fitted several times, and the likeliest fit is kept.
 _FINAL_RUNS = 3
 
@@ -56,9 +59,12 @@ def cross_fit(fit: Callable[[torch.Tensor, torch.Tensor], Sequence[Density]], da
 
 
 def cross_fit_base(base: str | FitBase, data: Folds, feature_map: FeatureMap, generator: torch.Generator) -> Bases:
-    """Cross-fit the base called "gaussian", "student_t" or "mixture", or one of the user's own, in z-space."""
+    """Cross-fit the base of that name, or one of the user's own, in z-space."""
     if base == "mixture":
         return _search_mixture(data, feature_map, generator)
+    if base == HEAVY_TAILED:
+        parts = [cross_fit_base(part, data, feature_map, generator) for part in ("mixture", "student_t")]
+        return mix_with_tails(parts, data)
     if base == "gaussian":
         return cross_fit(lambda z, weights: [fit_gaussian(z, weight) for weight in weights], data)
     if base == "student_t":
@@ -189,10 +195,25 @@ def _search_mixture(data: Folds, feature_map: FeatureMap, generator: torch.Gener
     return Bases(members, float(weight @ (held_out + shares.log().unsqueeze(-1)).logsumexp(0) / weight.sum()))
 
 
+@torch.no_grad()
+def mix_with_tails(parts: Sequence[Bases], data: Folds) -> Bases:
+    """Mix two bases by held-out likelihood, so that a row that one finds all but impossible costs a few nats."""
+    held_out = torch.stack([_held_out_log_prob(part.members, data) for part in parts])
+    held_out, weight = held_out.cpu().double(), data.held_out_weight().sum(0).cpu().double()
+    shares = shares_with_prior(held_out, weight)
+    if shares.min() < MIN_TAIL_SHARE:
+        return parts[int(shares.argmax())]
+    members = [DensityMixture(pair, shares.tolist()) for pair in zip(*(part.members for part in parts), strict=True)]
+    return Bases(list(members), float(weight @ (held_out + shares.log().unsqueeze(-1)).logsumexp(0) / weight.sum()))
+
+
 def _held_out_log_prob(members: Sequence[Density], data: Folds) -> torch.Tensor:
     """Return the log density (nats) of each row under the member that has not seen it, or the last if all have."""
-    member = data.fold.clamp(max=data.n_members - 1)
-    return _member_log_prob(members, data.rows)[member, torch.arange(len(data.rows))]
+    log_prob = data.rows.new_empty(len(data.rows))
+    for k, member in enumerate(members):
+        rows = data.fold.clamp(max=data.n_members - 1) == k
+        log_prob[rows] = member.log_prob(data.rows[rows])
+    return log_prob
 
 
 def _cross_fit_best_mixture(data: Folds, shapes: Sequence[_MixtureSettings], generator: torch.Generator) -> Bases:

@@ -1,14 +1,64 @@
-"""Shares of known densities in a mixture, by maximum likelihood."""
+"""Mixtures of known densities, and their shares by maximum likelihood."""
 
+import itertools
 import math
+from collections.abc import Sequence
 
 import torch
+
+from sk_ebm._types import Density, ModuleList
 
 _MAX_ITER = 2000
 # Nats by which the likelihood of all rows together may fall short of its maximum.
 _MAX_SHORTFALL = 1e-6
-# Smaller shares are not worth the time that scoring their candidate takes.
-_MIN_SHARE = 0.1
+# Rows that each density is taken to have before any is seen (Krichevsky and Trofimov): what no held-out row asked for
+# may yet be what a new one needs.
+_PRIOR_COUNT = 0.5
+
+
+class DensityMixture(Density):
+    """Mixture of normalised densities with known shares.
+
+    Parameters
+    ----------
+    components : sequence of modules
+        Densities with ``log_prob`` and ``sample``.
+    proportions : sequence of float
+        Their shares, which sum to one.
+    """
+
+    def __init__(self, components: Sequence[Density], proportions: Sequence[float]) -> None:
+        super().__init__()
+        self.components = ModuleList(components)
+        self.proportions = list(proportions)
+        # A user's own base need not say.
+        self.is_slow = any(getattr(component, "is_slow", False) for component in components)
+
+    def sample(self, n_samples: int, generator: torch.Generator) -> torch.Tensor:
+        """Draw `n_samples` rows in random order, from each component as many as its share, rounded up or down.
+
+        One random offset rounds all, so the expected number of each component is exact however few rows are drawn.
+        """
+        offset = float(torch.rand(1, generator=generator, device=generator.device))
+        edges = [math.floor(n_samples * share + offset) for share in itertools.accumulate(self.proportions)]
+        edges[-1] = n_samples
+        counts = [stop - start for start, stop in itertools.pairwise([0, *edges])]
+        z = torch.cat(
+            [c.sample(n, generator) for c, n in zip(self.components, counts, strict=True) if n],
+        )
+        return z[torch.randperm(n_samples, generator=generator, device=z.device)]
+
+    def log_prob(self, z: torch.Tensor) -> torch.Tensor:
+        """Return the log density (nats) of each row, shape (n,)."""
+        return self.mix(self.component_log_prob(z))
+
+    def component_log_prob(self, z: torch.Tensor) -> torch.Tensor:
+        """Return the log density (nats) of each row under each component, shape (J, n)."""
+        return torch.stack([component.log_prob(z) for component in self.components])
+
+    def mix(self, component_log_prob: torch.Tensor) -> torch.Tensor:
+        """Return the log density (nats) of rows from those under the components."""
+        return (component_log_prob + component_log_prob.new_tensor(self.proportions).log().unsqueeze(-1)).logsumexp(0)
 
 
 def mixture_shares(log_density: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -63,7 +113,18 @@ def mixture_shares(log_density: torch.Tensor, weight: torch.Tensor) -> torch.Ten
     return share / share.sum()
 
 
-def stacking_shares(held_out: torch.Tensor, weight: torch.Tensor, is_covered: torch.Tensor) -> list[float]:
+def shares_with_prior(log_density: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Return the shares that make rows most likely, with half a row more for each density.
+
+    It costs some 1 / n nats, and keeps a row that only one of them can explain from costing hundreds.
+    """
+    shares, n_rows = mixture_shares(log_density, weight), log_density.shape[1]
+    return (n_rows * shares + _PRIOR_COUNT) / (n_rows + _PRIOR_COUNT * len(shares))
+
+
+def stacking_shares(
+    held_out: torch.Tensor, weight: torch.Tensor, is_covered: torch.Tensor, least: torch.Tensor
+) -> list[float]:
     """Return each candidate's share of a pool that makes rows most likely that no candidate has seen.
 
     A candidate whose proposals miss some of its mass gets no share if there is another: its log Z is too low, which
@@ -77,10 +138,12 @@ def stacking_shares(held_out: torch.Tensor, weight: torch.Tensor, is_covered: to
         Non-negative row weights.
     is_covered : tensor of shape (C,)
         Whether the proposals cover the candidate.
+    least : tensor of shape (C,)
+        Share below which a candidate is not worth the time that it takes to score; .5 at most.
     """
     is_covered = is_covered if is_covered.any() else ~is_covered
     is_held_out = held_out[is_covered].isfinite().all(0)
-    log_density = torch.where(is_covered.unsqueeze(-1), held_out, -math.inf)[:, is_held_out]
-    shares = mixture_shares(log_density, weight[is_held_out])
-    shares = torch.where(shares < _MIN_SHARE, 0.0, shares)
-    return [float(share) for share in shares / shares.sum()]
+    shares = torch.zeros(len(held_out), dtype=torch.float64)
+    shares[is_covered] = shares_with_prior(held_out[is_covered][:, is_held_out], weight[is_held_out])
+    kept = torch.where(shares < least, 0.0, shares)
+    return [float(share) for share in kept / kept.sum()]

@@ -57,6 +57,7 @@ def integral(model, low, high, n_features):
         {"base": "gaussian"},
         {"base": "student_t"},
         {"base": "mixture"},
+        {"base": "heavy_tailed_mixture"},
         {"base": "flow"},
         {"base": "auto"},
         {"feature_map": "marginal"},

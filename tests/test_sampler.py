@@ -12,7 +12,6 @@ from sk_ebm._mixture import fit_gaussian, fit_mixtures, mixture_of_mixtures
 from sk_ebm._model import StackedDensity, TiltedEnsemble
 from sk_ebm._sampler import (
     Chains,
-    MixtureProposal,
     defensive_proposal,
     draw_from_density,
     draw_pool,
@@ -21,6 +20,7 @@ from sk_ebm._sampler import (
     pool_log_weight,
     start_chains,
 )
+from sk_ebm._stacking import DensityMixture
 
 
 class Shift(nn.Module):
@@ -90,7 +90,7 @@ def test_a_pool_knows_the_bases_it_was_drawn_from(model, proposal, generator, mo
 def test_few_proposals_come_from_each_component_as_often_as_its_share():
     """Components at -100 and 100 whose counts can be read off the draws."""
     components = [fit_gaussian(centre + torch.eye(2).double(), torch.ones(2).double()) for centre in (-100, 100)]
-    proposal, generator = MixtureProposal(components, [0.9, 0.1]), torch.Generator().manual_seed(0)
+    proposal, generator = DensityMixture(components, [0.9, 0.1]), torch.Generator().manual_seed(0)
     n_second = [int((proposal.sample(3, generator)[:, 0] > 0).sum()) for _ in range(2000)]
     assert sum(n_second) / 6000 == pytest.approx(0.1, abs=0.015)
 

@@ -7,7 +7,8 @@ from sklearn.mixture import GaussianMixture
 
 from sk_ebm._folds import Folds
 from sk_ebm._mixture import fit_gaussian, mixture_of_mixtures
-from sk_ebm._selection import _shapes_at_atoms, choose_feature_map, cross_fit, cross_fit_bases
+from sk_ebm._selection import _shapes_at_atoms, choose_feature_map, cross_fit, cross_fit_bases, mix_with_tails
+from sk_ebm._student_t import fit_student_t
 from sk_ebm._support import fit_feature_map
 
 NAMES = ("gaussian", "student_t", "mixture")
@@ -60,6 +61,36 @@ def test_heavy_tails_choose_student_t(rng, generator):
         )
         == "student_t"
     )
+
+
+@pytest.mark.parametrize("n_outliers", [0, 3])
+def test_a_row_beyond_all_others_costs_nats_not_hundreds(n_outliers, rng, generator):
+    X = rng.normal(size=(300, 2)) + 8 * (rng.random((300, 1)) < 0.3)
+    X[:n_outliers] += 200 * rng.normal(size=(n_outliers, 2))
+    data = folds(X)
+    feature_map = fit_feature_map(data.rows, data.weight, use_margins=False)
+    bases = cross_fit_bases(data, ["mixture", "student_t", "heavy_tailed_mixture"], feature_map, generator)
+    heavy = bases["heavy_tailed_mixture"]
+    # Half a row more for each of two costs at most log(301 / 300.5) nats a row.
+    assert heavy.score > max(bases["mixture"].score, bases["student_t"].score) - 1 / 300
+    far = torch.tensor([[60.0, 60.0]], dtype=torch.float64)
+    z, log_det = feature_map(far)
+    loss = {name: -float(bases[name].members[0].log_prob(z) + log_det) for name in ("mixture", "heavy_tailed_mixture")}
+    assert loss["heavy_tailed_mixture"] < loss["mixture"]
+    if n_outliers:
+        assert loss["heavy_tailed_mixture"] < 30
+
+
+def test_mixing_bases_scores_unseen_rows(rng):
+    data = folds(rng.standard_t(2, size=(300, 2)))
+    bases = {
+        "gaussian": cross_fit(lambda z, weights: [fit_gaussian(z, weight) for weight in weights], data),
+        "student_t": cross_fit(lambda z, weights: [fit_student_t(z, weight) for weight in weights], data),
+    }
+    mixed = mix_with_tails([bases["gaussian"], bases["student_t"]], data)
+    assert mixed.score > bases["gaussian"].score
+    log_prob = torch.stack([member.log_prob(data.rows) for member in mixed.members])
+    assert mixed.score == pytest.approx(data.held_out_mean(log_prob))
 
 
 def test_mixture_is_about_as_good_as_a_tuned_one(rng, generator):

@@ -2,7 +2,10 @@
 
 import torch
 
-from sk_ebm._stacking import mixture_shares, stacking_shares
+from sk_ebm._stacking import mixture_shares, shares_with_prior, stacking_shares
+
+# Share below which a candidate is not worth its time.
+LEAST = torch.tensor([0.1, 0.1])
 
 
 def log_normal(z, mean, scale=1.0):
@@ -54,8 +57,8 @@ def test_a_candidate_of_uncertain_normalizer_is_left_out_if_another_is_certain()
     z = torch.randn(500, generator=torch.Generator().manual_seed(3))
     flattered = torch.stack([log_normal(z, 0.0), log_normal(z, 0.0) + 5])
     flattered[:, :10] = torch.nan
-    assert stacking_shares(flattered, torch.ones(500), torch.tensor([True, False])) == [1, 0]
-    assert stacking_shares(flattered, torch.ones(500), torch.tensor([False, False])) == [0, 1]
+    assert stacking_shares(flattered, torch.ones(500), torch.tensor([True, False]), LEAST) == [1, 0]
+    assert stacking_shares(flattered, torch.ones(500), torch.tensor([False, False]), LEAST) == [0, 1]
 
 
 def test_small_shares_are_not_worth_a_candidate():
@@ -63,4 +66,15 @@ def test_small_shares_are_not_worth_a_candidate():
     z[:60] += 8
     held_out = torch.stack([log_normal(z, 0.0), log_normal(z, 8.0)])
     assert 0.02 < mixture_shares(held_out, torch.ones(2000))[1] < 0.05
-    assert stacking_shares(held_out, torch.ones(2000), torch.tensor([True, True])) == [1, 0]
+    both = torch.tensor([True, True])
+    assert stacking_shares(held_out, torch.ones(2000), both, LEAST) == [1, 0]
+    assert stacking_shares(held_out, torch.ones(2000), both, torch.tensor([0.1, 0.01]))[1] > 0.02
+
+
+def test_a_density_that_no_row_asked_for_keeps_half_a_row():
+    z = torch.randn(100, generator=torch.Generator().manual_seed(5))
+    narrow, wide = log_normal(z, 0.0), log_normal(z, 0.0, 30.0)
+    shares = shares_with_prior(torch.stack([narrow, wide]), torch.ones(100))
+    assert abs(float(shares[1]) - 0.5 / 101) < 1e-6
+    mixed = torch.logaddexp(shares[0].log() + narrow, shares[1].log() + wide)
+    assert float((narrow - mixed).mean()) < 1 / 100
