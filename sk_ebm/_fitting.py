@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from threading import Lock
@@ -174,8 +174,9 @@ def _assemble(
 ) -> FittedModel:
     """Stack the candidates that have a share, and normalise the whole."""
     kept = _to_float64([candidate for candidate in candidates if share_of[candidate.name] > 0])
-    proposal = _joint_proposal(kept)
-    model = _stack(kept, [share_of[candidate.name] for candidate in kept], proposal, generator)
+    shares = [share_of[candidate.name] for candidate in kept]
+    proposal = _joint_proposal(kept, shares)
+    model = _stack(kept, shares, proposal, generator)
     normalizer = estimate_log_normalizer_of(model, proposal, generator, std_error=std_error)
     scores = {candidate.name: candidate.result.held_out_log_likelihood + log_det for candidate in candidates}
     endings = {candidate.name: (candidate.result.outcome, candidate.result.n_iter) for candidate in candidates}
@@ -531,12 +532,22 @@ def _least_share(candidate: Candidate) -> float:
     return MIN_TAIL_SHARE if candidate.name == HEAVY_TAILED and candidate.model.is_flat else _MIN_SHARE
 
 
-def _joint_proposal(candidates: list[Candidate]) -> DensityMixture:
-    """Propose from every candidate's flow and bases."""
-    parts = [defensive_proposal(c.flow, list(c.model.bases)) for c in candidates]
+def _joint_proposal(candidates: list[Candidate], shares: Sequence[float] | None = None) -> DensityMixture:
+    """Propose from every candidate's flow and bases, half of it by their shares of the density if these are known.
+
+    Bases that no energy tilts propose perfectly without a flow.
+    """
+    alike = [1 / len(candidates)] * len(candidates)
+    parts = [
+        DensityMixture(c.model.bases, [1 / len(c.model)] * len(c.model))
+        if c.model.is_flat
+        else defensive_proposal(c.flow, list(c.model.bases))
+        for c in candidates
+    ]
+    of_part = [(one + share) / 2 for one, share in zip(alike, alike if shares is None else shares, strict=True)]
     return DensityMixture(
         [component for part in parts for component in part.components],
-        [share / len(parts) for part in parts for share in part.proportions],
+        [share * of for part, of in zip(parts, of_part, strict=True) for share in part.proportions],
     )
 
 

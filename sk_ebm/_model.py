@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import nn
 
+from sk_ebm._stacking import DensityMixture
 from sk_ebm._types import Density, ModuleList
 
 
@@ -132,6 +133,14 @@ class StackedDensity(nn.Module):
         pairs = zip(self.ensembles, log_bases, strict=True)
         pooled = torch.stack([ensemble.pooled_log_density(z, log_base) for ensemble, log_base in pairs])
         return (self.log_shares.unsqueeze(-1) + pooled).logsumexp(0)
+
+    def untilted(self) -> DensityMixture | None:
+        """Return the mixture of bases that the density is where no energy tilts them, or None where one does."""
+        if not all(ensemble.is_flat for ensemble in self.ensembles):
+            return None
+        shares = self.log_shares.softmax(0).tolist()
+        pairs = [(b, share / len(e)) for e, share in zip(self.ensembles, shares, strict=True) for b in e.bases]
+        return DensityMixture([base for base, _ in pairs], [share for _, share in pairs])
 
 
 def _into_ball(z: torch.Tensor) -> torch.Tensor:

@@ -225,10 +225,17 @@ def draw_from_density(
 
     A weight is rounded up or down at random, so that every proposal is kept as often as it should be on average. More
     rows than few are drawn in any case, and some of them returned, since that average is one over many proposals.
+    Where no energy tilts the bases, their own draws are those of the density, and nothing is weighted.
     """
     # Rounding to single precision is nothing beside the noise of the weights.
     density, proposal = copy.deepcopy((density, proposal))
     density.float(), proposal.float()
+    untilted = density.untilted()
+    if untilted is not None:
+        sizes = [len(rows) for rows in torch.arange(n_samples).split(_SAMPLE_CHUNK)]
+        z = torch.cat([untilted.sample(size, generator) for size in sizes])
+        if z.isfinite().all():
+            return z.double()
     n_wanted = max(n_samples, _MIN_DRAWS)
     proposal, log_cap, n_per_draw = _prepare_sampling(density, proposal, min(_MAX_PILOT, n_wanted), generator)
     draws: list[torch.Tensor] = []

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -21,18 +21,18 @@ class DensityMixture(Density):
 
     Parameters
     ----------
-    components : sequence of modules
+    components : iterable of modules
         Densities with ``log_prob`` and ``sample``.
     proportions : sequence of float
         Their shares, which sum to one.
     """
 
-    def __init__(self, components: Sequence[Density], proportions: Sequence[float]) -> None:
+    def __init__(self, components: Iterable[Density], proportions: Sequence[float]) -> None:
         super().__init__()
         self.components = ModuleList(components)
         self.proportions = list(proportions)
         # A user's own base need not say.
-        self.is_slow = any(getattr(component, "is_slow", False) for component in components)
+        self.is_slow = any(getattr(component, "is_slow", False) for component in self.components)
 
     def sample(self, n_samples: int, generator: torch.Generator) -> torch.Tensor:
         """Draw `n_samples` rows in random order, from each component as many as its share, rounded up or down.

@@ -143,6 +143,15 @@ def test_heavy_tails_choose_a_heavy_tailed_base():
     assert np.isfinite(model.score_samples(X * 1e6)).all()
 
 
+def test_bases_that_no_energy_tilts_propose_perfectly():
+    X = np.random.default_rng(0).normal(size=(200, 3))
+    model = quick(base="gaussian", n_iter_no_change=1).fit(X)
+    assert all(ensemble.is_flat for ensemble in model.density_.ensembles)
+    assert model.effective_sample_size_ == pytest.approx(1)
+    assert model.log_normalizer_ == pytest.approx(0, abs=1e-9)
+    assert len(model.proposal_.components) == len(model.density_.ensembles[0])
+
+
 def test_skewed_margins_choose_normal_scores():
     X = np.random.default_rng(0).lognormal(sigma=1.2, size=(400, 4))
     model = EBMFlowDensity(max_iter=4, n_estimators=2, n_chains=64, random_state=0).fit(X)

@@ -212,6 +212,20 @@ class FarAway(nn.Module):
         return (self.base.log_prob(rows) - self.target.log_prob(rows)).reshape(1, -1)
 
 
+def test_bases_that_no_energy_tilts_are_drawn_from_without_weights(model, proposal, generator, monkeypatch):
+    model.rescale(0.0)
+    shifted = fit_gaussian(5 + model.bases[0].sample(500, generator), torch.ones(500).double())
+    other = TiltedEnsemble([shifted], SeparateEnergies([Shift(0.0)]))
+    other.rescale(0.0)
+    density = StackedDensity([model, other], torch.tensor([0.75, 0.25]).double().log())
+    monkeypatch.setattr("sk_ebm._sampler.log_weight", lambda *arguments: pytest.fail("weighted"))
+    z = draw_from_density(density, proposal, 20_001, generator)
+    assert z.shape == (20_001, 2)
+    assert float((z.sum(-1) > 5).double().mean()) == pytest.approx(0.25, abs=0.005)
+    model.rescale(1.0)
+    assert density.untilted() is None
+
+
 def test_draws_without_any_weight_are_the_proposals(proposal, model, generator):
     hopeless = StackedDensity([model], torch.tensor([math.nan]))
     assert draw_from_density(hopeless, proposal, 50, generator).shape == (50, 2)
