@@ -199,8 +199,9 @@ def _costs(cells: list[Cell], models: list[str]) -> str:
         for n_train in sorted({cell.n_train for cell in cells if cell.is_known}):
             of_size = [cell for cell in cells if cell.n_train == n_train and model in cell.rows]
             if of_size:
-                values = [np.nanmedian([cell.median(model, key) for cell in of_size]) for key in columns.values()]
-                lines.append(f"| {model} | {n_train} | " + " | ".join(f"{v:,.3g}" for v in values) + " |")
+                values = [np.array([cell.median(model, key) for cell in of_size]) for key in columns.values()]
+                texts = ["–" if np.isnan(v).all() else f"{np.nanmedian(v):,.3g}" for v in values]
+                lines.append(f"| {model} | {n_train} | " + " | ".join(texts) + " |")
     return "\n".join(lines)
 
 
