@@ -176,7 +176,8 @@ class EBMFlowDensity(Versioned, CallbackSupportMixin, DensityMixin, BaseEstimato
     density_ : torch.nn.Module
         Energies on their bases; ``density_.log_density`` maps z to unnormalised log densities.
     proposal_ : torch.nn.Module
-        Mixture of the flows and the bases that draws for log Z and for `sample`.
+        Mixture of the flows and the bases that draws for log Z and for `sample`; of bases alone where no energy
+        tilts them.
     feature_map_ : torch.nn.Module
         Fitted feature map; its `margins` is None where features are only whitened.
     n_features_in_ : int
@@ -377,7 +378,8 @@ class EBMFlowDensity(Versioned, CallbackSupportMixin, DensityMixin, BaseEstimato
         """Draw rows from the fitted density.
 
         Proposals of the bases, and of the flow where those do not suffice, are kept as often as their weights ask, on
-        average, and what is kept more than once is moved apart by Langevin steps. The law of the draws is that of the
+        average, and what is kept more than once is moved apart by Langevin steps. Where no energy tilts the bases,
+        their own draws are those of the density. The law of the draws is that of the
         fitted density as far as the proposals cover it: see `effective_sample_size_`.
 
         Parameters

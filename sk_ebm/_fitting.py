@@ -28,13 +28,13 @@ from sk_ebm._sampler import (
 from sk_ebm._selection import (
     HEAVY_TAILED,
     MAX_FIT_ROWS,
-    MIN_TAIL_SHARE,
     Bases,
     FitBase,
     choose_feature_map,
     cross_fit_bases,
-    mix_with_tails,
+    mix_members,
     name_of,
+    shares_of_parts,
 )
 from sk_ebm._stacking import DensityMixture, stacking_shares
 from sk_ebm._support import FeatureMap, fit_feature_map
@@ -248,7 +248,9 @@ class _Trainer:
         flow = self._make_flow()
         flow_score = self._fit_flow(flow, 0)
         candidates: list[Candidate] = []
-        for name in sorted(bases, key=lambda name: -bases[name].score):
+        asked, likeliest = name_of(self.settings.base), max(bases, key=lambda name: bases[name].score)
+        # What fits best first, so that the others have something to catch up with.
+        for name in {"auto": dict.fromkeys((likeliest, "gaussian")), "flow": ()}.get(asked, (asked,)):
             rival_score = max((c.result.held_out_log_likelihood for c in candidates), default=-math.inf)
             candidates.append(self._start(name, bases[name].members, flow, rival_score))
             if candidates[-1].result.outcome in ENDED_BY_USER:
@@ -262,8 +264,6 @@ class _Trainer:
             result = candidates[best].result._replace(outcome=Outcome.INTERRUPTED)
             candidates[best] = candidates[best]._replace(result=result)
             return candidates
-        if flows and self.settings.base == "auto":
-            flows = self._with_tails(flows, bases)
         if flows:
             candidates.append(self._start("flow", flows, flow))
         return candidates
@@ -301,14 +301,13 @@ class _Trainer:
             flows.append(flow)
             if k == 0 and is_auto and not self._leads(max(score, flow_score), bases, candidates):
                 return []
-        return flows
+        return self._with_tails(flows, bases[HEAVY_TAILED].members) if is_auto else flows
 
-    def _with_tails(self, flows: list[Density], bases: dict[str, Bases]) -> list[Density]:
-        """Mix each flow with the best base of its member: beyond the rows that it has seen, a flow knows no tails."""
-        best = max(bases.values(), key=lambda b: b.score)
-        members = [copy.deepcopy(member).to(self.judged.rows) for member in best.members]
-        parts = [Bases(flows, math.nan), best._replace(members=members)]
-        return self.group.from_first(lambda: mix_with_tails(parts, self.judged).members)
+    def _with_tails(self, flows: list[Density], bases: list[Density]) -> list[Density]:
+        """Mix each flow with the base of its member: beyond the rows that it has seen, a flow knows no tails."""
+        parts = [flows, [copy.deepcopy(base).to(self.judged.rows) for base in bases]]
+        # Decided in one process, or rounding might make them part ways.
+        return mix_members(parts, self.group.from_first(lambda: shares_of_parts(parts, self.judged)))
 
     def _leads(
         self, flow_score: float, bases: dict[str, Bases], candidates: list[Candidate], more: float = 0.0
@@ -497,9 +496,7 @@ def _feature_map_and_bases(
         feature_map = fit_feature_map(data.rows, data.weight, use_margins=settings.feature_map == "marginal")
         bases = cross_fit_bases(data, kinds, feature_map, generator)
     feature_map.bounds = settings.bounds
-    best = max(bases, key=lambda name: bases[name].score)
-    wanted = {"auto": ("gaussian", best), "flow": ()}.get(name_of(settings.base), (name_of(settings.base),))
-    return feature_map, {name: bases[name] for name in dict.fromkeys(wanted)}
+    return feature_map, bases
 
 
 def _to_z(data: Folds, feature_map: FeatureMap) -> tuple[Folds, torch.Tensor]:
@@ -529,14 +526,15 @@ def _check_energies(energies: nn.Module, z: torch.Tensor) -> None:
 
 def _least_share(candidate: Candidate) -> float:
     """Return the share that makes a candidate worth scoring: heavy tails alone are cheap, and one row may need them."""
-    return MIN_TAIL_SHARE if candidate.name == HEAVY_TAILED and candidate.model.is_flat else _MIN_SHARE
+    return 0.0 if candidate.name == HEAVY_TAILED and candidate.model.is_flat else _MIN_SHARE
 
 
 def _joint_proposal(candidates: list[Candidate], shares: Sequence[float] | None = None) -> DensityMixture:
     """Propose from every candidate's flow and bases, half of it by their shares of the density if these are known.
 
-    Bases that no energy tilts propose perfectly without a flow.
+    Bases that no energy tilts propose perfectly, without a flow and by shares alone.
     """
+    by_share = 0.0 if shares is None else 1.0 if all(c.model.is_flat for c in candidates) else 0.5
     alike = [1 / len(candidates)] * len(candidates)
     parts = [
         DensityMixture(c.model.bases, [1 / len(c.model)] * len(c.model))
@@ -544,7 +542,7 @@ def _joint_proposal(candidates: list[Candidate], shares: Sequence[float] | None 
         else defensive_proposal(c.flow, list(c.model.bases))
         for c in candidates
     ]
-    of_part = [(one + share) / 2 for one, share in zip(alike, alike if shares is None else shares, strict=True)]
+    of_part = [(1 - by_share) * one + by_share * share for one, share in zip(alike, shares or alike, strict=True)]
     return DensityMixture(
         [component for part in parts for component in part.components],
         [share * of for part, of in zip(parts, of_part, strict=True) for share in part.proportions],

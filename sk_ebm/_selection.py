@@ -34,9 +34,8 @@ _PARSIMONY = 0.5
 # Where so many rows share the value of a feature, components as narrow as the rounding may be worth a try, which the
 # prior of their covariances would forbid.
 _MIN_SHARE_OF_ATOM, _MIN_ROWS_OF_ATOM, _PRIOR_COUNT_AT_ATOMS, _MIN_SHARE_AT_ATOMS = 0.02, 5, 1e-6, 0.05
-# The name of a mixture that a Student t may join, and the least share of either. With many rows, held-out ones would
-# ask for more if there were any use.
-HEAVY_TAILED, MIN_TAIL_SHARE = "heavy_tailed_mixture", 2e-4
+# What the mixture that a Student t joins is called.
+HEAVY_TAILED = "heavy_tailed_mixture"
 # EM has local optima: the mixture chosen is fitted several times, and the likeliest fit is kept.
 _FINAL_RUNS = 3
 
@@ -63,8 +62,9 @@ def cross_fit_base(base: str | FitBase, data: Folds, feature_map: FeatureMap, ge
     if base == "mixture":
         return _search_mixture(data, feature_map, generator)
     if base == HEAVY_TAILED:
-        parts = [cross_fit_base(part, data, feature_map, generator) for part in ("mixture", "student_t")]
-        return mix_with_tails(parts, data)
+        parts = [cross_fit_base(part, data, feature_map, generator).members for part in ("mixture", "student_t")]
+        members = mix_members(parts, shares_of_parts(parts, data))
+        return Bases(members, data.held_out_mean(_member_log_prob(members, data.rows)))
     if base == "gaussian":
         return cross_fit(lambda z, weights: [fit_gaussian(z, weight) for weight in weights], data)
     if base == "student_t":
@@ -196,15 +196,19 @@ def _search_mixture(data: Folds, feature_map: FeatureMap, generator: torch.Gener
 
 
 @torch.no_grad()
-def mix_with_tails(parts: Sequence[Bases], data: Folds) -> Bases:
-    """Mix two bases by held-out likelihood, so that a row that one finds all but impossible costs a few nats."""
-    held_out = torch.stack([_held_out_log_prob(part.members, data) for part in parts])
-    held_out, weight = held_out.cpu().double(), data.held_out_weight().sum(0).cpu().double()
-    shares = shares_with_prior(held_out, weight)
-    if shares.min() < MIN_TAIL_SHARE:
-        return parts[int(shares.argmax())]
-    members = [DensityMixture(pair, shares.tolist()) for pair in zip(*(part.members for part in parts), strict=True)]
-    return Bases(list(members), float(weight @ (held_out + shares.log().unsqueeze(-1)).logsumexp(0) / weight.sum()))
+def shares_of_parts(parts: Sequence[Sequence[Density]], data: Folds) -> list[float]:
+    """Return the shares of several kinds of members that suit held-out rows, each one half a row at least."""
+    held_out = torch.stack([_held_out_log_prob(members, data) for members in parts]).cpu().double()
+    held_out = held_out.nan_to_num(nan=-math.inf, neginf=-math.inf)
+    weight = data.held_out_weight().sum(0).cpu().double()
+    counts = (weight > 0) & (held_out > -math.inf).any(0)
+    shares: list[float] = shares_with_prior(held_out[:, counts], weight[counts]).tolist()
+    return shares
+
+
+def mix_members(parts: Sequence[Sequence[Density]], shares: Sequence[float]) -> list[Density]:
+    """Mix the members of several kinds, each with those of the others that see the same rows."""
+    return [DensityMixture(members, shares) for members in zip(*parts, strict=True)]
 
 
 def _held_out_log_prob(members: Sequence[Density], data: Folds) -> torch.Tensor:

@@ -118,7 +118,9 @@ def shares_with_prior(log_density: torch.Tensor, weight: torch.Tensor) -> torch.
 
     It costs some 1 / n nats, and keeps a row that only one of them can explain from costing hundreds.
     """
-    shares, n_rows = mixture_shares(log_density, weight), log_density.shape[1]
+    shares = mixture_shares(log_density, weight)
+    # Rows of equal weight that say as much.
+    n_rows = weight.double().sum().square() / weight.double().square().sum()
     return (n_rows * shares + _PRIOR_COUNT) / (n_rows + _PRIOR_COUNT * len(shares))
 
 
@@ -139,7 +141,7 @@ def stacking_shares(
     is_covered : tensor of shape (C,)
         Whether the proposals cover the candidate.
     least : tensor of shape (C,)
-        Share below which a candidate is not worth the time that it takes to score; .5 at most.
+        Share below which a candidate is not worth the time that it takes to score, less than 1 / C.
     """
     is_covered = is_covered if is_covered.any() else ~is_covered
     is_held_out = held_out[is_covered].isfinite().all(0)

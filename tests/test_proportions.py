@@ -53,7 +53,10 @@ def two_classes(n, share, seed=0, shift=2.0):
 
 @pytest.fixture(scope="module")
 def fitted():
-    return quick().fit(two_classes(600, 0.3, shift=5.0)[0])
+    density = quick(base="gaussian", max_iter=20, hidden_layer_sizes=(32, 32)).fit(two_classes(600, 0.3, shift=5.0)[0])
+    # Without energies all weights would be one.
+    assert not density.density_.ensembles[0].is_flat
+    return density
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,16 @@ from sklearn.mixture import GaussianMixture
 
 from sk_ebm._folds import Folds
 from sk_ebm._mixture import fit_gaussian, mixture_of_mixtures
-from sk_ebm._selection import _shapes_at_atoms, choose_feature_map, cross_fit, cross_fit_bases, mix_with_tails
-from sk_ebm._student_t import fit_student_t
+from sk_ebm._selection import (
+    _shapes_at_atoms,
+    choose_feature_map,
+    cross_fit,
+    cross_fit_bases,
+    mix_members,
+    shares_of_parts,
+)
+from sk_ebm._stacking import shares_with_prior
+from sk_ebm._student_t import StudentT, fit_student_t
 from sk_ebm._support import fit_feature_map
 
 NAMES = ("gaussian", "student_t", "mixture")
@@ -81,16 +89,42 @@ def test_a_row_beyond_all_others_costs_nats_not_hundreds(n_outliers, rng, genera
         assert loss["heavy_tailed_mixture"] < 30
 
 
-def test_mixing_bases_scores_unseen_rows(rng):
-    data = folds(rng.standard_t(2, size=(300, 2)))
-    bases = {
-        "gaussian": cross_fit(lambda z, weights: [fit_gaussian(z, weight) for weight in weights], data),
-        "student_t": cross_fit(lambda z, weights: [fit_student_t(z, weight) for weight in weights], data),
-    }
-    mixed = mix_with_tails([bases["gaussian"], bases["student_t"]], data)
-    assert mixed.score > bases["gaussian"].score
-    log_prob = torch.stack([member.log_prob(data.rows) for member in mixed.members])
-    assert mixed.score == pytest.approx(data.held_out_mean(log_prob))
+@pytest.mark.parametrize("n_rows", [300, 4000])
+def test_shares_of_parts_are_those_of_unseen_rows(n_rows, rng):
+    data = folds(rng.standard_t(2, size=(n_rows, 2)))
+    parts = [
+        cross_fit(lambda z, weights: [fit_gaussian(z, weight) for weight in weights], data).members,
+        cross_fit(lambda z, weights: [fit_student_t(z, weight) for weight in weights], data).members,
+    ]
+    shares = shares_of_parts(parts, data)
+    assert sum(shares) == pytest.approx(1)
+    assert shares[1] > 0.9
+    # Half a row of prior, even if no row asks for it.
+    assert shares_of_parts(parts[::-1], data.with_rows(0 * data.rows + 0.1))[1] >= 0.5 / (n_rows + 1)
+    mixed = mix_members(parts, shares)
+    z = data.rows[:5]
+    expected = sum(share * part[2].log_prob(z).exp() for share, part in zip(shares, parts, strict=True))
+    torch.testing.assert_close(mixed[2].log_prob(z).exp(), expected)
+
+
+def test_rows_that_count_for_nothing_or_have_no_density_do_not_spoil_shares(rng):
+    data = folds(rng.normal(size=(80, 1)))
+    data = data._replace(n_members=3)
+
+    class Broken(StudentT):
+        def log_prob(self, z):
+            return torch.where(z.squeeze(-1) > 1, torch.nan, super().log_prob(z))
+
+    whole = cross_fit(lambda z, weights: [fit_gaussian(z, weight) for weight in weights], data).members
+    broken = [Broken(torch.zeros(1).double(), torch.eye(1).double(), 5.0) for _ in range(3)]
+    assert np.isfinite(shares_of_parts([whole, broken], data)).all()
+
+
+def test_prior_counts_rows_of_equal_weight():
+    log_density = torch.stack([torch.zeros(1000), torch.full((1000,), -torch.inf)])
+    weight = torch.full((1000,), 1e-9)
+    weight[:50] = 1
+    assert float(shares_with_prior(log_density, weight)[1]) == pytest.approx(0.5 / 51)
 
 
 def test_mixture_is_about_as_good_as_a_tuned_one(rng, generator):
