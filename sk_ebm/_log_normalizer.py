@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 
 _MIN_DRAWS_PER_CONTROL = 10
+# Combinations of controls that vary less than this, relative to the one that varies most, are taken not to vary.
+_MIN_SINGULAR_VALUE = 1e-3
 
 
 class LogNormalizer(NamedTuple):
@@ -63,8 +65,9 @@ def estimate_log_normalizer(log_weight: torch.Tensor, controls: torch.Tensor | N
 def _mean_and_std_error(weight: torch.Tensor, controls: torch.Tensor) -> tuple[float, float]:
     """Regress the weights on controls of expectation zero, shape (n, J); return the intercept and its error."""
     design = torch.cat([torch.ones_like(weight).unsqueeze(-1), controls], dim=-1)
-    # Not every driver stands collinear controls, and equal components are collinear.
-    coefficients = torch.linalg.lstsq(design, weight.unsqueeze(-1), driver="gelsd").solution
+    # Components that are all but equal differ at a few draws alone, which would decide the fit: their differences are
+    # left out, and what they might explain stays in the residuals. Not every driver can do that.
+    coefficients = torch.linalg.lstsq(design, weight.unsqueeze(-1), rcond=_MIN_SINGULAR_VALUE, driver="gelsd").solution
     residual = weight - (design @ coefficients).squeeze(-1)
     n, n_fitted = design.shape
     return float(coefficients[0]), math.sqrt(float(residual.square().sum()) / ((n - n_fitted) * n))

@@ -137,3 +137,14 @@ def test_equal_controls_do_no_harm():
     log_weight, controls = quartic_log_weight_with_control(normal(2000), normal(2000, seed=1) > 0)
     once, twice = (estimate_log_normalizer(log_weight, controls.expand(k, -1)) for k in (1, 2))
     assert tuple(twice) == pytest.approx(tuple(once), rel=1e-2)
+
+
+def test_controls_that_differ_where_hardly_any_draw_lies_do_no_harm():
+    errors = []
+    for seed in range(30):
+        x = torch.randn(16_384, generator=seeded(seed), dtype=torch.float64)
+        # Two components of the proposal: one is as good as all of it, the other has 1e-4 of its mass six widths away.
+        controls = torch.stack([torch.ones_like(x), 1 - 1e-4 + 1e-4 * (6 * x - 18).exp()])
+        estimate = estimate_log_normalizer(0.3 * x - 0.045, controls)
+        errors.append(estimate.value / estimate.std_error)
+    assert np.sqrt(np.mean(np.square(errors))) < 1.4
