@@ -379,8 +379,8 @@ class EBMFlowDensity(Versioned, CallbackSupportMixin, DensityMixin, BaseEstimato
 
         Proposals of the bases, and of the flow where those do not suffice, are kept as often as their weights ask, on
         average, and what is kept more than once is moved apart by Langevin steps. Where no energy tilts the bases,
-        their own draws are those of the density. The law of the draws is that of the
-        fitted density as far as the proposals cover it: see `effective_sample_size_`.
+        their own draws are those of the density. The law of the draws is that of the fitted density as far as the
+        proposals cover it: see `effective_sample_size_`.
 
         Parameters
         ----------
