@@ -116,7 +116,7 @@ def mixture_shares(log_density: torch.Tensor, weight: torch.Tensor) -> torch.Ten
 def shares_with_prior(log_density: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Return the shares that make rows most likely, with half a row more for each density.
 
-    It costs some 1 / n nats, and keeps a row that only one of them can explain from costing hundreds.
+    It costs some 1 / n nats, and a row that only one of them can explain costs log n more than under that one, about.
     """
     shares = mixture_shares(log_density, weight)
     # Rows of equal weight that say as much.
