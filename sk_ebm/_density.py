@@ -76,12 +76,12 @@ class EBMFlowDensity(Versioned, CallbackSupportMixin, DensityMixin, BaseEstimato
     Parameters
     ----------
     base : {"auto", "gaussian", "student_t", "mixture", "heavy_tailed_mixture", "flow"} or callable, default="auto"
-        Base density q_0. "mixture" is one of Gaussians; in "heavy_tailed_mixture" a Student t joins, so that a row
-        far from all others costs the logarithm of its distance, not the square. "auto" trains energies on a Gaussian and, where it does
-        better, on a heavy-tailed mixture, and mixes the results with the shares that make held-out rows most likely;
-        a base of flows, with the same tails, joins where a flow beats both. A function
-        ``(z, weight) -> torch.nn.Module`` fits a base of your own to whitened rows (n, n_features); the module needs
-        ``log_prob(z)`` and ``sample(n_samples, generator)``.
+        Base density q_0. "mixture" is one of Gaussians; in "heavy_tailed_mixture" a Student t joins, so that a row far
+        from all others costs the logarithm of its distance, not the square. "auto" trains energies on a Gaussian and,
+        where it does better, on a heavy-tailed mixture, and mixes the results with the shares that make held-out rows
+        most likely; a base of flows, with the same tails, joins where a flow beats both. A function ``(z, weight) ->
+        torch.nn.Module`` fits a base of your own to whitened rows (n, n_features); the module needs ``log_prob(z)`` and
+        ``sample(n_samples, generator)``.
     feature_map : {"auto", "standard", "marginal"}, default="auto"
         Map of the features before everything else: whitening, or normal scores of each feature and whitening.
         "auto" takes the normal scores where held-out rows become clearly more likely.
