@@ -9,7 +9,7 @@ import torch
 from normflows.flows import AffineCouplingBlock, CoupledRationalQuadraticSpline, LULinearPermute
 from normflows.flows.neural_spline.coupling import PiecewiseRationalQuadraticCDF
 from normflows.nets import MLP
-from normflows.utils.splines import DEFAULT_MIN_DERIVATIVE
+from normflows.utils.splines import DEFAULT_MIN_DERIVATIVE, rational_quadratic_spline
 from torch import nn
 
 from sk_ebm._types import Density, ModuleList
@@ -55,12 +55,7 @@ class CouplingFlow(Density):
 
     def log_prob(self, z: torch.Tensor) -> torch.Tensor:
         """Return the normalised log density (nats) of each row, shape (n,)."""
-        z = (z - self.mean) @ self.whitener.T
-        log_det = self.whitener.diagonal().log().sum().expand(len(z))
-        for layer in reversed(self.layers):
-            z, log_det_layer = _call(layer, "inverse", z)
-            log_det = log_det + log_det_layer
-        return _standard_normal_log_prob(z) + log_det
+        return joint_log_prob([self], z.unsqueeze(0)).squeeze(0)
 
     def sample_and_log_prob(self, n_samples: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         """Draw `n_samples` rows and return them with their log density (nats)."""
@@ -68,7 +63,7 @@ class CouplingFlow(Density):
         z = torch.randn(n_samples, self.n_features, generator=generator, device=like.device, dtype=like.dtype)
         log_prob = _standard_normal_log_prob(z)
         for layer in self.layers:
-            z, log_det_layer = _call(layer, "forward", z)
+            z, log_det_layer = _forward(layer, z)
             log_prob = log_prob - log_det_layer
         log_prob = log_prob + self.whitener.diagonal().log().sum()
         return self.mean + z @ self.scale_tril.T, log_prob
@@ -76,6 +71,27 @@ class CouplingFlow(Density):
     def sample(self, n_samples: int, generator: torch.Generator) -> torch.Tensor:
         """Draw `n_samples` rows."""
         return self.sample_and_log_prob(n_samples, generator)[0]
+
+
+def joint_log_prob(flows: Sequence[CouplingFlow], z: torch.Tensor) -> torch.Tensor:
+    """Return the log density (nats) of rows under K flows of one shape, each at its own rows; shape (K, n).
+
+    Steps on a few hundred rows are too small to keep a processor busy, so those of K flows at once take half the time.
+
+    Parameters
+    ----------
+    flows : sequence of K flows
+        Flows from one call of `make_flow` each, with the same arguments.
+    z : tensor of shape (K, n, d)
+        Rows.
+    """
+    z = torch.stack([(rows - flow.mean) @ flow.whitener.T for flow, rows in zip(flows, z, strict=True)])
+    log_det = torch.stack([flow.whitener.diagonal().log().sum() for flow in flows]).unsqueeze(-1)
+    for layers in zip(*(reversed(flow.layers) for flow in flows), strict=True):
+        inverse = _inverse_of_splines if isinstance(layers[0], CoupledRationalQuadraticSpline) else _inverse_of_each
+        z, log_det_layer = inverse(layers, z)
+        log_det = log_det + log_det_layer
+    return _standard_normal_log_prob(z) + log_det
 
 
 def make_flow(kind: str, n_features: int, *, n_layers: int = 2, hidden_units: int = 64) -> CouplingFlow:
@@ -148,12 +164,52 @@ def _spline_layer(n_features: int, hidden_units: int, *, reverse_mask: bool) -> 
     return layer
 
 
-def _call(layer: nn.Module, direction: str, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _inverse_of_each(layers: Sequence[Any], z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    out, log_det = zip(*(layer.inverse(rows) for layer, rows in zip(layers, z, strict=True)), strict=True)
+    return torch.stack(out), torch.stack(log_det)
+
+
+def _inverse_of_splines(layers: Sequence[Any], z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Do what `inverse` of every layer does, with one spline for all of them and for all features.
+
+    The layer of normflows calls it twice, for the features that it keeps as its condition and for the others.
+    """
+    couplings = [layer.prqct for layer in layers]
+    kept, moved = couplings[0].identity_features, couplings[0].transform_features
+    condition = z[..., kept]
+    networks = [coupling.transform_net for coupling in couplings]
+    of_moved = torch.stack([network(rows) for network, rows in zip(networks, condition, strict=True)])
+    of_moved = of_moved.unflatten(-1, (len(moved), -1))
+    scale = math.sqrt(networks[0].hidden_features)
+    of_moved = torch.cat([of_moved[..., : 2 * _N_BINS] / scale, of_moved[..., 2 * _N_BINS :]], dim=-1)
+    splines = [coupling.unconditional_transform for coupling in couplings]
+    of_kept = [[s.unnormalized_widths, s.unnormalized_heights, s.unnormalized_derivatives] for s in splines]
+    of_kept = torch.stack([torch.cat(parts, dim=-1) for parts in of_kept]).unsqueeze(1)
+    parameters = torch.cat([of_kept.expand(-1, z.shape[1], -1, -1), of_moved], dim=-2)
+    widths, heights, derivatives = parameters.split([_N_BINS, _N_BINS, _N_BINS - 1], dim=-1)
+    x = torch.cat([condition, z[..., moved]], dim=-1)
+    # Not a number is outside too.
+    is_inside = x.abs() < _TAIL_BOUND
+    out, log_det = rational_quadratic_spline(
+        torch.where(is_inside, x, 0.0),
+        widths,
+        heights,
+        nn.functional.pad(derivatives, (1, 1), value=_IDENTITY_DERIVATIVE),
+        left=-_TAIL_BOUND,
+        right=_TAIL_BOUND,
+        bottom=-_TAIL_BOUND,
+        top=_TAIL_BOUND,
+    )
+    out, log_det = torch.where(is_inside, out, x), torch.where(is_inside, log_det, 0.0)
+    return out[..., torch.cat([kept, moved]).argsort()], log_det.sum(-1)
+
+
+def _forward(layer: nn.Module, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     try:
-        return getattr(layer, direction)(z)
+        return layer.forward(z)
     except AssertionError:
         # normflows asserts that a discriminant is not negative, which float32 cannot promise.
-        out, log_det = getattr(copy.deepcopy(layer).double(), direction)(z.double())
+        out, log_det = copy.deepcopy(layer).double().forward(z.double())
         return out.to(z), log_det.to(z)
 
 

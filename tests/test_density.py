@@ -480,7 +480,7 @@ def test_an_interrupt_before_training_leaves_the_previous_fit(monkeypatch):
     X = two_clusters(60, 2)
     model = quick().fit(X)
     before = model.score_samples(X)
-    monkeypatch.setattr("sk_ebm._fitting.fit_flow", Mock(side_effect=KeyboardInterrupt))
+    monkeypatch.setattr("sk_ebm._fitting.fit_flows", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         model.fit(X[:40])
     np.testing.assert_array_equal(model.score_samples(X), before)
@@ -493,7 +493,7 @@ def test_flows_that_lead_join_without_energies_on_top(monkeypatch, capsys):
     )
     X = two_clusters(90, 3)
     model = quick(base="auto", verbose=1).fit(X)
-    assert "fitting flow 2 of 2" in capsys.readouterr().out
+    assert "fitting flows 2 to 2 of 2" in capsys.readouterr().out
     assert model.base_["name"] == "flow"
     assert model.outcome_ == Outcome.UNTRAINED.value
     assert model.converged_
@@ -598,7 +598,7 @@ class TestCallbacks:
 
     def test_they_are_torn_down_when_the_fit_fails(self, monkeypatch):
         recorder = self.Recorder()
-        monkeypatch.setattr("sk_ebm._fitting.fit_flow", Mock(side_effect=RuntimeError))
+        monkeypatch.setattr("sk_ebm._fitting.fit_flows", Mock(side_effect=RuntimeError))
         with pytest.raises(RuntimeError):
             quick().set_callbacks(recorder).fit(two_clusters(60, 2))
         assert recorder.events[-1] == "teardown"
