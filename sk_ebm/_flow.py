@@ -183,9 +183,11 @@ def _inverse_of_splines(layers: Sequence[Any], z: torch.Tensor) -> tuple[torch.T
     scale = math.sqrt(networks[0].hidden_features)
     of_moved = torch.cat([of_moved[..., : 2 * _N_BINS] / scale, of_moved[..., 2 * _N_BINS :]], dim=-1)
     splines = [coupling.unconditional_transform for coupling in couplings]
-    of_kept = [[s.unnormalized_widths, s.unnormalized_heights, s.unnormalized_derivatives] for s in splines]
-    of_kept = torch.stack([torch.cat(parts, dim=-1) for parts in of_kept]).unsqueeze(1)
-    parameters = torch.cat([of_kept.expand(-1, z.shape[1], -1, -1), of_moved], dim=-2)
+    of_kept = [
+        torch.cat([s.unnormalized_widths, s.unnormalized_heights, s.unnormalized_derivatives], -1) for s in splines
+    ]
+    for_all_rows = torch.stack(of_kept).unsqueeze(1).expand(-1, z.shape[1], -1, -1)
+    parameters = torch.cat([for_all_rows, of_moved], dim=-2)
     widths, heights, derivatives = parameters.split([_N_BINS, _N_BINS, _N_BINS - 1], dim=-1)
     x = torch.cat([condition, z[..., moved]], dim=-1)
     # Not a number is outside too.
