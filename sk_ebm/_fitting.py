@@ -24,6 +24,7 @@ from sk_ebm._sampler import (
     draw_pool,
     log_weight,
     pool_log_weight,
+    pooled_log_weight,
 )
 from sk_ebm._selection import (
     HEAVY_TAILED,
@@ -544,12 +545,7 @@ def _joint_proposal(candidates: list[Candidate], shares: Sequence[float] | None 
     """
     by_share = 0.0 if shares is None else 1.0 if all(c.model.is_flat for c in candidates) else 0.5
     alike = [1 / len(candidates)] * len(candidates)
-    parts = [
-        DensityMixture(c.model.bases, [1 / len(c.model)] * len(c.model))
-        if c.model.is_flat
-        else defensive_proposal(c.flow, list(c.model.bases))
-        for c in candidates
-    ]
+    parts = [c.model.untilted() or defensive_proposal(c.flow, list(c.model.bases)) for c in candidates]
     of_part = [(1 - by_share) * one + by_share * share for one, share in zip(alike, shares or alike, strict=True)]
     return DensityMixture(
         [component for part in parts for component in part.components],
@@ -563,16 +559,15 @@ def _stack(
 ) -> StackedDensity:
     """Pool the members of each candidate, then mix the pools."""
     ensembles = [candidate.model for candidate in candidates]
-    log_shares = torch.tensor(shares, dtype=torch.float64).log()
+    of_ensemble = torch.zeros(len(ensembles), dtype=torch.float64)
     # Common draws: their noise mostly cancels between members and ensembles, and the final log Z covers the rest.
     pool = draw_pool(proposal, _STACKING_DRAWS, generator)
     for c, ensemble in enumerate(ensembles):
         estimates = _member_log_normalizers(ensemble, pool)
         ensemble.log_normalizers.copy_(torch.tensor([estimate.value for estimate in estimates], dtype=torch.float64))
         if len(ensembles) > 1:
-            weight = log_weight(StackedDensity([ensemble], log_shares.new_zeros(1)), pool)
-            log_shares[c] -= estimate_log_normalizer(weight, pool.controls).value
-    return StackedDensity(ensembles, log_shares)
+            of_ensemble[c] = estimate_log_normalizer(pooled_log_weight(ensemble, pool), pool.controls).value
+    return StackedDensity(ensembles, torch.tensor(shares, dtype=torch.float64), of_ensemble)
 
 
 def _member_log_normalizers(model: TiltedEnsemble, pool: Pool) -> list[LogNormalizer]:

@@ -50,18 +50,20 @@ class Mixture(Density):
         self.register_buffer("whiteners", inverse_tril(scale_trils))
 
     def component_log_prob(self, z: torch.Tensor) -> torch.Tensor:
-        """Return log(proportion) + log density (nats) of each row under each component, shape (n, k)."""
+        """Return log(proportion) + log density (nats) of each row under each component, shape (k, n)."""
         n_components, d = self.means.shape
-        # (z - mean) W^T for all components in one matrix product: flattening to (n, k d) is fastest on CPU.
+        # W (z - mean) for all components in one matrix product, with rows last: sums over features and components then
+        # run along whole vectors.
         whiteners = self.whiteners.reshape(n_components * d, d)
-        offsets = (self.whiteners @ self.means.unsqueeze(-1)).reshape(n_components * d)
-        scaled = (z @ whiteners.T - offsets).reshape(len(z), n_components, d)
+        offsets = (self.whiteners @ self.means.unsqueeze(-1)).reshape(n_components * d, 1)
+        scaled = torch.addmm(offsets, whiteners, z.T, beta=-1).reshape(n_components, d, len(z))
         log_det = self.whiteners.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        return self.log_proportions + log_det - 0.5 * (scaled.square().sum(-1) + d * math.log(2 * math.pi))
+        log_constant = self.log_proportions + log_det - 0.5 * d * math.log(2 * math.pi)
+        return log_constant.unsqueeze(-1) - 0.5 * scaled.square().sum(1)
 
     def log_prob(self, z: torch.Tensor) -> torch.Tensor:
         """Return the normalised log density (nats) of each row, shape (n,)."""
-        return self.component_log_prob(z).logsumexp(-1)
+        return self.component_log_prob(z).logsumexp(0)
 
     def pulled_back(self, matrix: torch.Tensor) -> "Mixture":
         """Return the density of z when this one is the density of ``z @ matrix``."""

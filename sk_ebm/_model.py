@@ -90,6 +90,10 @@ class TiltedEnsemble(nn.Module):
         tilt = torch.where(share > 0, share * energy, 0.0).sum(0)
         return log_base.logsumexp(0) - math.log(len(self)) - tilt
 
+    def untilted(self) -> DensityMixture | None:
+        """Return the mixture of bases that the pool is if no energy tilts them, else None."""
+        return DensityMixture(self.bases, [1 / len(self)] * len(self)) if self.is_flat else None
+
     def frozen_copy(self) -> "TiltedEnsemble":
         """Return a copy, on the same bases, whose energies no longer train."""
         frozen = TiltedEnsemble(list(self.bases), copy.deepcopy(self.energies).requires_grad_(False))
@@ -107,22 +111,28 @@ class TiltedEnsemble(nn.Module):
 
 
 class StackedDensity(nn.Module):
-    """Mixture of pooled ensembles, ``log p(z) = log sum_c exp(s_c) p_c(z) - log Z`` with p_c unnormalised.
+    """Mixture of pooled ensembles, ``log p(z) = log sum_c a_c p_c(z) / Z_c - log Z`` with p_c unnormalised.
 
     Parameters
     ----------
     ensembles : sequence of C modules
         Ensembles, each on its own kind of base.
-    log_shares : tensor of shape (C,)
-        s_c, the log share of each ensemble less its own log normalizer (nats).
+    shares : tensor of shape (C,)
+        Share a_c of each ensemble; they sum to one.
+    log_normalizers : tensor of shape (C,)
+        log Z_c (nats) of each ensemble; Z makes up for their errors.
     """
 
-    log_shares: torch.Tensor
+    shares: torch.Tensor
+    log_normalizers: torch.Tensor
 
-    def __init__(self, ensembles: Sequence[TiltedEnsemble], log_shares: torch.Tensor) -> None:
+    def __init__(
+        self, ensembles: Sequence[TiltedEnsemble], shares: torch.Tensor, log_normalizers: torch.Tensor
+    ) -> None:
         super().__init__()
         self.ensembles = ModuleList(ensembles)
-        self.register_buffer("log_shares", log_shares)
+        self.register_buffer("shares", shares)
+        self.register_buffer("log_normalizers", log_normalizers)
 
     def log_density(self, z: torch.Tensor, log_bases: Iterable[torch.Tensor | None] | None = None) -> torch.Tensor:
         """Return the unnormalised log density (nats) at rows z (n, d); shape (n,).
@@ -132,15 +142,7 @@ class StackedDensity(nn.Module):
         log_bases = [None] * len(self.ensembles) if log_bases is None else log_bases
         pairs = zip(self.ensembles, log_bases, strict=True)
         pooled = torch.stack([ensemble.pooled_log_density(z, log_base) for ensemble, log_base in pairs])
-        return (self.log_shares.unsqueeze(-1) + pooled).logsumexp(0)
-
-    def untilted(self) -> DensityMixture | None:
-        """Return the mixture of bases that the density is where no energy tilts them, or None where one does."""
-        if not all(ensemble.is_flat for ensemble in self.ensembles):
-            return None
-        shares = self.log_shares.softmax(0).tolist()
-        pairs = [(b, share / len(e)) for e, share in zip(self.ensembles, shares, strict=True) for b in e.bases]
-        return DensityMixture([base for base, _ in pairs], [share for _, share in pairs])
+        return ((self.shares.log() - self.log_normalizers).unsqueeze(-1) + pooled).logsumexp(0)
 
 
 def _into_ball(z: torch.Tensor) -> torch.Tensor:

@@ -35,14 +35,8 @@ class DensityMixture(Density):
         self.is_slow = any(getattr(component, "is_slow", False) for component in self.components)
 
     def sample(self, n_samples: int, generator: torch.Generator) -> torch.Tensor:
-        """Draw `n_samples` rows in random order, from each component as many as its share, rounded up or down.
-
-        One random offset rounds all, so the expected number of each component is exact however few rows are drawn.
-        """
-        offset = float(torch.rand(1, generator=generator, device=generator.device))
-        edges = [math.floor(n_samples * share + offset) for share in itertools.accumulate(self.proportions)]
-        edges[-1] = n_samples
-        counts = [stop - start for start, stop in itertools.pairwise([0, *edges])]
+        """Draw `n_samples` rows in random order, from each component as many as its share, rounded up or down."""
+        counts = rounded_counts(n_samples, self.proportions, generator)
         z = torch.cat(
             [c.sample(n, generator) for c, n in zip(self.components, counts, strict=True) if n],
         )
@@ -59,6 +53,17 @@ class DensityMixture(Density):
     def mix(self, component_log_prob: torch.Tensor) -> torch.Tensor:
         """Return the log density (nats) of rows from those under the components."""
         return (component_log_prob + component_log_prob.new_tensor(self.proportions).log().unsqueeze(-1)).logsumexp(0)
+
+
+def rounded_counts(n_samples: int, shares: Sequence[float], generator: torch.Generator) -> list[int]:
+    """Divide draws by shares that sum to one, rounding up or down at random.
+
+    One random offset rounds all, so the expected number of each is exact however few rows are drawn.
+    """
+    offset = float(torch.rand(1, generator=generator, device=generator.device))
+    edges = [math.floor(n_samples * share + offset) for share in itertools.accumulate(shares)]
+    edges[-1] = n_samples
+    return [stop - start for start, stop in itertools.pairwise([0, *edges])]
 
 
 def mixture_shares(log_density: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -2,4 +2,4 @@
 
 __version__ = "0.1.0"
 # Raised when the fitted estimators of this version and those of the last one cannot be exchanged.
-STATE_FORMAT = 4
+STATE_FORMAT = 5

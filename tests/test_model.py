@@ -86,8 +86,13 @@ def test_a_member_without_mass_has_no_say_in_the_pool():
 def test_stack_is_the_mixture():
     first, z = ensemble(2, seed=0)
     second, _ = ensemble(1, seed=1)
-    stack = StackedDensity([first, second], torch.tensor([math.log(0.25), math.log(0.75)], dtype=torch.float64))
-    expected = 0.25 * first.pooled_log_density(z).exp() + 0.75 * second.pooled_log_density(z).exp()
+    shares, log_normalizers = torch.tensor([[0.25, 0.75], [0.5, -0.2]], dtype=torch.float64)
+    stack = StackedDensity([first, second], shares, log_normalizers)
+    normalised = [
+        first.pooled_log_density(z).exp() / math.exp(0.5),
+        second.pooled_log_density(z).exp() / math.exp(-0.2),
+    ]
+    expected = 0.25 * normalised[0] + 0.75 * normalised[1]
     torch.testing.assert_close(stack.log_density(z).exp(), expected)
 
 

@@ -18,6 +18,7 @@ from sk_ebm._sampler import (
     log_weight,
     pool_effective_sample_size,
     pool_log_weight,
+    pooled_log_weight,
     start_chains,
 )
 from sk_ebm._stacking import DensityMixture
@@ -37,7 +38,11 @@ class Shift(nn.Module):
 def untilted(base):
     """Return a density of energy zero."""
     ensemble = TiltedEnsemble([base], MLPEnergies(1, 2, (4,))).double()
-    return StackedDensity([ensemble], torch.zeros(1).double())
+    return alone(ensemble)
+
+
+def alone(ensemble, log_normalizer=0.0):
+    return StackedDensity([ensemble], torch.ones(1).double(), torch.tensor([log_normalizer]).double())
 
 
 @pytest.fixture
@@ -141,7 +146,7 @@ def test_draws_of_a_density_that_the_bases_hardly_cover_come_from_the_flow_too(g
     narrow = fit_gaussian(torch.randn(400, 2, dtype=torch.float64, generator=generator) / 20, torch.ones(400).double())
     wide = fit_gaussian(torch.randn(400, 2, dtype=torch.float64, generator=generator), torch.ones(400).double())
     energies = FarAway(narrow, wide)
-    density = StackedDensity([TiltedEnsemble([wide], energies)], torch.zeros(1).double())
+    density = alone(TiltedEnsemble([wide], energies))
     flow = make_flow("spline", 2).double()
     flow.start_at(narrow.means[0], narrow.scale_trils[0])
     draws = draw_from_density(density, defensive_proposal(flow, [wide]), 5000, generator)
@@ -155,7 +160,7 @@ def test_draws_keep_a_mode_that_the_bases_hardly_propose(generator):
     far = fit_gaussian(away, torch.ones(400).double())
     shares = torch.tensor([0.9, 0.1]).double()
     both = mixture_of_mixtures([near, far], shares)
-    density = StackedDensity([TiltedEnsemble([near], FarAway(both, near))], torch.zeros(1).double())
+    density = alone(TiltedEnsemble([near], FarAway(both, near)))
     flow = make_flow("spline", 2).double()
     flow.start_at(far.means[0], far.scale_trils[0])
     draws = draw_from_density(density, defensive_proposal(flow, [near]), 5000, generator)
@@ -167,7 +172,7 @@ def test_few_draws_follow_the_density_as_many_do(generator):
     wide = fit_gaussian(rows, torch.ones(400).double())
     spot = fit_gaussian(rows / 30, torch.ones(400).double())
     target = mixture_of_mixtures([wide, spot], torch.tensor([0.5, 0.5]).double())
-    density = StackedDensity([TiltedEnsemble([wide], FarAway(target, wide))], torch.zeros(1).double())
+    density = alone(TiltedEnsemble([wide], FarAway(target, wide)))
     proposal = defensive_proposal(make_flow("spline", 2).double(), [wide])
     drawn = torch.cat([draw_from_density(density, proposal, 1, generator) for _ in range(60)])
     assert 0.3 < float((drawn.norm(dim=1) < 0.2).double().mean()) < 0.75
@@ -176,7 +181,7 @@ def test_few_draws_follow_the_density_as_many_do(generator):
 @pytest.mark.parametrize("half_width", [1.0, 3.0])
 def test_draws_on_a_base_without_mass_everywhere(generator, half_width):
     proposal = defensive_proposal(make_flow("spline", 2).double(), [Box(half_width)])
-    density = StackedDensity([untilted(Box(half_width)).ensembles[0]], torch.zeros(1).double())
+    density = untilted(Box(half_width))
     draws = draw_from_density(density, proposal, 2000, generator)
     assert draws.shape == (2000, 2)
     assert draws.abs().max() <= half_width
@@ -212,30 +217,53 @@ class FarAway(nn.Module):
         return (self.base.log_prob(rows) - self.target.log_prob(rows)).reshape(1, -1)
 
 
-def test_bases_that_no_energy_tilts_are_drawn_from_without_weights(model, proposal, generator, monkeypatch):
-    model.rescale(0.0)
-    shifted = fit_gaussian(5 + model.bases[0].sample(500, generator), torch.ones(500).double())
+def shifted_untilted(model, generator, distance=5.0):
+    shifted = fit_gaussian(distance + model.bases[0].sample(500, generator), torch.ones(500).double())
     other = TiltedEnsemble([shifted], SeparateEnergies([Shift(0.0)]))
     other.rescale(0.0)
-    density = StackedDensity([model, other], torch.tensor([0.75, 0.25]).double().log())
-    monkeypatch.setattr("sk_ebm._sampler.log_weight", lambda *arguments: pytest.fail("weighted"))
+    return other
+
+
+def test_bases_that_no_energy_tilts_are_drawn_from_without_weights(model, proposal, generator, monkeypatch):
+    model.rescale(0.0)
+    other = shifted_untilted(model, generator)
+    density = StackedDensity([model, other], torch.tensor([0.75, 0.25]).double(), torch.zeros(2).double())
+    monkeypatch.setattr("sk_ebm._sampler.pooled_log_weight", lambda *arguments: pytest.fail("weighted"))
     z = draw_from_density(density, proposal, 20_001, generator)
     assert z.shape == (20_001, 2)
     assert float((z.sum(-1) > 5).double().mean()) == pytest.approx(0.25, abs=0.005)
-    model.rescale(1.0)
-    assert density.untilted() is None
+
+
+def test_each_ensemble_is_drawn_by_its_share_and_in_its_own_way(model, proposal, generator, monkeypatch):
+    other = shifted_untilted(model, generator, 40.0)
+    alone_weight = pooled_log_weight(model, draw_pool(proposal, 4000, generator))
+    log_z = float(alone_weight.logsumexp(0)) - math.log(4000)
+    # An ensemble need not be normalised, and its proposals need not cover the other.
+    density = StackedDensity([model, other], torch.tensor([0.7, 0.3]).double(), torch.tensor([log_z, 0.0]).double())
+    weighted = []
+    monkeypatch.setattr(
+        "sk_ebm._sampler.pooled_log_weight",
+        lambda weighed, pool: weighted.append(weighed) or pooled_log_weight(weighed, pool),
+    )
+    z = draw_from_density(density, proposal, 10_000, generator)
+    is_far = z.sum(-1) > 40
+    assert float(is_far.double().mean()) == pytest.approx(0.3, abs=0.001)
+    assert weighted
+    assert not any(ensemble.is_flat for ensemble in weighted)
+    near = draw_from_density(alone(model), proposal, 10_000, generator)
+    torch.testing.assert_close(z[~is_far].mean(0), near.mean(0), atol=0.1, rtol=0)
 
 
 def test_draws_without_any_weight_are_the_proposals(proposal, model, generator):
-    hopeless = StackedDensity([model], torch.tensor([math.nan]))
-    assert draw_from_density(hopeless, proposal, 50, generator).shape == (50, 2)
+    model.log_normalizers.fill_(math.nan)
+    assert draw_from_density(alone(model), proposal, 50, generator).shape == (50, 2)
 
 
 def test_weights_that_are_no_numbers_count_as_zero(model, proposal, generator):
     pool = draw_pool(proposal, 100, generator)
     broken = pool._replace(log_proposal=torch.where(torch.arange(100) < 50, math.inf, pool.log_proposal))
     assert torch.equal(pool_log_weight(model, broken).isneginf(), (torch.arange(100) < 50).expand(2, -1))
-    no_number = StackedDensity([model], torch.tensor([math.nan]))
+    no_number = alone(model, math.nan)
     assert log_weight(no_number, pool).isneginf().all()
 
 
