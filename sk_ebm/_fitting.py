@@ -297,8 +297,9 @@ class _Trainer:
         flows: list[Density] = []
         members = list(range(self.data.n_members))
         # One tells whether the others are worth their time.
-        for some in (members[:1], members[1:]) if is_auto else (members,):
-            self.settings.announce(f"base flow, fitting flows {some[0] + 1} to {some[-1] + 1} of {len(members)}")
+        for some in filter(None, (members[:1], members[1:]) if is_auto else (members,)):
+            which = f"flows {some[0] + 1} to {some[-1] + 1}" if len(some) > 1 else f"flow {some[0] + 1}"
+            self.settings.announce(f"base flow, fitting {which} of {len(members)}")
             fitted = [self._make_flow(n_layers=_BASE_FLOW_LAYERS) for _ in some]
             scores = self._fit_flows(fitted, some, max_steps=_BASE_FLOW_STEPS, patience=_BASE_FLOW_PATIENCE)
             if is_auto and not flows and not self._leads(max(scores[0], flow_score), bases, candidates):
