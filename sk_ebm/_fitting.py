@@ -39,7 +39,7 @@ from sk_ebm._selection import (
 )
 from sk_ebm._stacking import DensityMixture, stacking_shares
 from sk_ebm._support import FeatureMap, fit_feature_map
-from sk_ebm._training import ENDED_BY_USER, MAX_JUDGED_ROWS, Outcome, TrainResult, TrainSettings, fit_flows, train
+from sk_ebm._training import ENDED_BY_USER, MAX_JUDGED_ROWS, Outcome, TrainResult, TrainSettings, fit_flow, train
 from sk_ebm._types import Density
 
 # A flow that gains less than this (nats) over a Gaussian has learnt nothing a mixture would not have.
@@ -247,7 +247,7 @@ class _Trainer:
     def train_candidates(self, bases: dict[str, Bases]) -> list[Candidate]:
         """Train energies on each base, and on a base of flows when `base` asks for one or it promises to win."""
         flow = self._make_flow()
-        (flow_score,) = self._fit_flows([flow], [0])
+        flow_score = self._fit_flow(flow, 0)
         candidates: list[Candidate] = []
         asked, likeliest = name_of(self.settings.base), max(bases, key=lambda name: bases[name].score)
         # What fits best first, so that the others have something to catch up with.
@@ -295,16 +295,13 @@ class _Trainer:
         if is_auto and not self._leads(flow_score, bases, candidates, gain_of_size):
             return []
         flows: list[Density] = []
-        members = list(range(self.data.n_members))
-        # One tells whether the others are worth their time.
-        for some in filter(None, (members[:1], members[1:]) if is_auto else (members,)):
-            which = f"flows {some[0] + 1} to {some[-1] + 1}" if len(some) > 1 else f"flow {some[0] + 1}"
-            self.settings.announce(f"base flow, fitting {which} of {len(members)}")
-            fitted = [self._make_flow(n_layers=_BASE_FLOW_LAYERS) for _ in some]
-            scores = self._fit_flows(fitted, some, max_steps=_BASE_FLOW_STEPS, patience=_BASE_FLOW_PATIENCE)
-            if is_auto and not flows and not self._leads(max(scores[0], flow_score), bases, candidates):
+        for k in range(self.data.n_members):
+            self.settings.announce(f"base flow, fitting flow {k + 1} of {self.data.n_members}")
+            flow = self._make_flow(n_layers=_BASE_FLOW_LAYERS)
+            score = self._fit_flow(flow, k, max_steps=_BASE_FLOW_STEPS, patience=_BASE_FLOW_PATIENCE)
+            flows.append(flow)
+            if k == 0 and is_auto and not self._leads(max(score, flow_score), bases, candidates):
                 return []
-            flows += fitted
         return self._with_tails(flows, bases[HEAVY_TAILED].members) if is_auto else flows
 
     def _with_tails(self, flows: list[Density], bases: list[Density]) -> list[Density]:
@@ -460,23 +457,17 @@ class _Trainer:
     def _in_user_units(self, check: dict[str, float]) -> dict[str, float]:
         return {k: v + self.log_det if k.endswith("log_likelihood") else v for k, v in check.items()}
 
-    def _fit_flows(
-        self,
-        flows: Sequence[CouplingFlow],
-        folds: Sequence[int],
-        *,
-        max_steps: int = _FLOW_STEPS,
-        patience: int = _FLOW_PATIENCE,
-    ) -> list[float]:
-        """Fit each flow to the rows of all folds but its own."""
-        for flow, fold in zip(flows, folds, strict=True):
-            gaussian = self._gaussian(fold)
-            flow.start_at(gaussian.means[0].to(self.data.rows), gaussian.scale_trils[0].to(self.data.rows))
-        is_held_out = torch.stack([self.data.fold == fold for fold in folds])
-        return fit_flows(
-            flows,
+    def _fit_flow(
+        self, flow: CouplingFlow, held_out_fold: int, *, max_steps: int = _FLOW_STEPS, patience: int = _FLOW_PATIENCE
+    ) -> float:
+        is_held_out = self.data.fold == held_out_fold
+        weight = self.data.weight * ~is_held_out
+        gaussian = self._gaussian(held_out_fold)
+        flow.start_at(gaussian.means[0].to(self.data.rows), gaussian.scale_trils[0].to(self.data.rows))
+        return fit_flow(
+            flow,
             self.data.rows,
-            self.data.weight * ~is_held_out,
+            weight,
             self.data.weight * is_held_out,
             max_steps=min(max_steps, self.settings.train.max_iter * self.settings.train.steps_per_iter),
             batch_size=self.settings.train.batch_size,

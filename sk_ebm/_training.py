@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from sk_ebm._flow import CouplingFlow, joint_log_prob
 from sk_ebm._folds import Folds
 from sk_ebm._log_normalizer import estimate_log_normalizer
 from sk_ebm._model import TiltedEnsemble
@@ -37,7 +36,6 @@ _WEIGHT_AVERAGE_DECAY = 0.99
 _MAX_GRAD_NORM = 5.0
 # Rows that validation looks at: their noise is far below what patience and stacking react to.
 MAX_JUDGED_ROWS = 20_000
-_MAX_JUDGED_BY_FLOWS = 4096
 _ROUNDS_BEFORE_BACKING_OFF = 4
 _MAX_ROUNDS_AT_GATE = 20
 # What is still to come after a quarter of the iterations, in shares of what they have gained: a fifth at most where it
@@ -256,8 +254,9 @@ class _TrainState:
         self.has_equal_weights = bool((data.weight == data.weight[0]).all())
         self.judged = data.sample_of_all(MAX_JUDGED_ROWS, settings.group, settings.data_share)
         self.base_log_prob = model.base_log_prob(self.judged.rows)
+        self.energy_parameters = [p for p in model.energies.parameters() if p.requires_grad]
         self.energy_optimizer = torch.optim.AdamW(
-            [parameter for parameter in model.energies.parameters() if parameter.requires_grad],
+            self.energy_parameters,
             lr=settings.learning_rate,
             weight_decay=settings.weight_decay,
             betas=(0.9, 0.98),
@@ -303,7 +302,7 @@ class _TrainState:
             # A small batch may hold no row that a member trains on.
             gap = self.settings.data_share * positive_phase - negative_phase
             loss = (gap * (weight.sum(-1) > 0)).sum()
-            _descend(loss, self.energy_optimizer, group=self.settings.group)
+            _descend(loss, self.energy_optimizer, self.energy_parameters, self.settings.group)
             self._update_average()
 
     def _random_data_rows(self, n_picked: int) -> torch.Tensor:
@@ -335,7 +334,7 @@ class _TrainState:
                 device=chains.device,
             )
             loss = -self.flow.log_prob(torch.cat([chains[picks], self.data.rows[rows]])).mean()
-            _descend(loss, self.flow_optimizer, group=self.settings.group)
+            _descend(loss, self.flow_optimizer, list(self.flow.parameters()), self.settings.group)
 
     def validate(self, iteration: int) -> dict[str, float]:
         """Return held-out and training log-likelihood per row (nats) of the averaged energies."""
@@ -387,8 +386,8 @@ class _TrainState:
         torch._foreach_lerp_(average, list(self.model.energies.parameters()), 1 - decay)
 
 
-def fit_flows(
-    flows: Sequence[CouplingFlow],
+def fit_flow(
+    flow: Density,
     z: torch.Tensor,
     weight: torch.Tensor,
     held_out_weight: torch.Tensor,
@@ -399,81 +398,47 @@ def fit_flows(
     patience: int = 4,
     group: Group = ALONE,
     data_share: float = 1.0,
-) -> list[float]:
-    """Fit K flows of one shape by maximum likelihood; each stops when its held-out rows say so, and restores its best.
-
-    Parameters
-    ----------
-    flows : sequence of K flows
-        The flows, as for `joint_log_prob`.
-    z : tensor of shape (n, d)
-        Rows.
-    weight, held_out_weight : tensors of shape (K, n)
-        Weights of the rows that each flow trains on, and of those that it is judged by.
+) -> float:
+    """Fit a flow to weighted rows by maximum likelihood, stop when the held-out rows say so, restore the best.
 
     Returns
     -------
-    list of K floats
-        Best held-out log-likelihood per row (nats) of each flow.
+    float
+        Best held-out log-likelihood per row (nats).
     """
-    fits = [_FlowFit(flow) for flow in flows]
-    judged = [own.nonzero().squeeze(-1)[:_MAX_JUDGED_BY_FLOWS] for own in held_out_weight]
-    weights = [own[rows] / own[rows].sum() for own, rows in zip(held_out_weight, judged, strict=True)]
-    # Flows are judged by unequally many rows; what fills them up has no weight.
-    z_judged, judged_weight = (
-        nn.utils.rnn.pad_sequence(parts, batch_first=True) for parts in ([z[rows] for rows in judged], weights)
-    )
-    active, train_weight = list(range(len(fits))), weight
+    optimizer = torch.optim.AdamW(flow.parameters(), lr=_FLOW_FIT_LEARNING_RATE, weight_decay=1e-4, fused=True)
+    held_out = held_out_weight > 0
+    z_held_out, weight_held_out = z[held_out][:4096], held_out_weight[held_out][:4096]
+    best_score, best, stale = -math.inf, copy.deepcopy(flow.state_dict()), 0
     for step in range(max_steps + 1):
         if step % _FLOW_CHECK_EVERY == 0:
             with torch.no_grad():
-                log_prob = joint_log_prob([flows[k] for k in active], z_judged[active])
-            mine = torch.where(judged_weight[active] > 0, data_share * judged_weight[active] * log_prob, 0.0).sum(-1)
-            for k, *scores in zip(active, *group.gather(mine.tolist()), strict=True):
-                fits[k].record(sum(scores) / group.size)
-            n_active, active = len(active), [k for k in active if fits[k].stale < patience]
-            if not active:
+                mine = float((weight_held_out * flow.log_prob(z_held_out)).sum() / weight_held_out.sum())
+                score = sum(group.gather(data_share * mine)) / group.size
+            if score > best_score:
+                best_score, best, stale = score, copy.deepcopy(flow.state_dict()), 0
+            else:
+                stale += 1
+            if stale >= patience or not math.isfinite(score):
                 break
-            train_weight = train_weight if len(active) == n_active else weight[active]
-        warm_up, progress = min(1.0, (step + 1) / _FLOW_CHECK_EVERY), step / max(max_steps, 1)
-        rate = _FLOW_FIT_LEARNING_RATE * warm_up * 0.5 * (1 + math.cos(math.pi * progress))
-        for k in active:
-            fits[k].optimizer.param_groups[0]["lr"] = rate
-        rows = torch.multinomial(train_weight, batch_size, replacement=True, generator=generator)
-        losses = -data_share * joint_log_prob([flows[k] for k in active], z[rows]).mean(-1)
-        _descend(losses.sum(), *(fits[k].optimizer for k in active), group=group)
-    for fit in fits:
-        fit.flow.load_state_dict(fit.best)
-    return [fit.best_score for fit in fits]
+        for parameters in optimizer.param_groups:
+            warm_up, progress = min(1.0, (step + 1) / _FLOW_CHECK_EVERY), step / max(max_steps, 1)
+            parameters["lr"] = _FLOW_FIT_LEARNING_RATE * warm_up * 0.5 * (1 + math.cos(math.pi * progress))
+        rows = torch.multinomial(weight, batch_size, replacement=True, generator=generator)
+        loss = -data_share * flow.log_prob(z[rows]).mean()
+        _descend(loss, optimizer, list(flow.parameters()), group)
+    flow.load_state_dict(best)
+    return best_score
 
 
-class _FlowFit:
-    """One of the flows that are fitted together: its optimizer, and its best parameters so far."""
-
-    def __init__(self, flow: CouplingFlow) -> None:
-        self.flow = flow
-        self.optimizer = torch.optim.AdamW(flow.parameters(), weight_decay=1e-4, fused=True)
-        self.best_score, self.best, self.stale = -math.inf, copy.deepcopy(flow.state_dict()), 0.0
-
-    def record(self, score: float) -> None:
-        """Keep the parameters if no held-out score (nats) was better; `stale` counts the checks since."""
-        if not math.isfinite(score):
-            self.stale = math.inf
-        elif score > self.best_score:
-            self.best_score, self.best, self.stale = score, copy.deepcopy(self.flow.state_dict()), 0
-        else:
-            self.stale += 1
-
-
-def _descend(loss: torch.Tensor, *optimizers: torch.optim.Optimizer, group: Group = ALONE) -> None:
+def _descend(
+    loss: torch.Tensor, optimizer: torch.optim.Optimizer, parameters: Sequence[torch.Tensor], group: Group = ALONE
+) -> None:
     """Take one clipped gradient step, or none where the gradient is not finite; validation then sees what is wrong."""
-    for optimizer in optimizers:
-        optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    for optimizer in optimizers:
-        parameters = optimizer.param_groups[0]["params"]
-        group.average_gradients(parameters)
-        norm = nn.utils.clip_grad_norm_(parameters, _MAX_GRAD_NORM)
-        # What gradient scalers tell a fused optimizer; asking the device whether the norm is finite would wait for it.
-        optimizer.grad_scale, optimizer.found_inf = None, (~norm.isfinite()).to(norm.dtype)  # type: ignore[attr-defined]
-        optimizer.step()
+    group.average_gradients(parameters)
+    norm = nn.utils.clip_grad_norm_(parameters, _MAX_GRAD_NORM)
+    # What gradient scalers tell a fused optimizer; asking the device whether the norm is finite would wait for it.
+    optimizer.grad_scale, optimizer.found_inf = None, (~norm.isfinite()).to(norm.dtype)  # type: ignore[attr-defined]
+    optimizer.step()

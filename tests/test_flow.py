@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import global_rng_untouched, integral, normal, seeded
 
-from sk_ebm._flow import joint_log_prob, make_flow
+from sk_ebm._flow import make_flow
 from sk_ebm._mixture import fit_gaussian
 
 DTYPES = [torch.float32, torch.float64]
@@ -15,12 +15,12 @@ DTYPES = [torch.float32, torch.float64]
 FLOWS = [("spline", 1), ("spline", 2), ("spline", 3), ("spline", 7), ("affine", 2), ("affine", 3), ("affine", 7)]
 
 
-def build(kind, n_features, dtype=torch.float64, *, noise=0.3, seed=0):
+def build(kind, n_features, dtype=torch.float64, *, noise=0.3):
     """Build a flow; `noise` is the standard deviation added to every parameter, zero for the untrained flow."""
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         flow = make_flow(kind, n_features, n_layers=2, hidden_units=16).to(dtype)
-    generator = seeded(seed + 1)
+    generator = seeded(1)
     for parameter in flow.parameters():
         parameter.data += noise * torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(dtype)
     return flow.requires_grad_(False)
@@ -53,17 +53,15 @@ class TestFlow:
         log_prob = build(kind, n_features, dtype, noise=0).log_prob(z)
         torch.testing.assert_close(log_prob, standard_normal_log_prob(z), rtol=tolerance, atol=tolerance)
 
-    def test_flows_evaluated_together_are_what_their_layers_are_alone(self, kind, n_features):
-        flows = [build(kind, n_features, seed=k) for k in range(3)]
-        # Some rows beyond the bound of the splines.
-        z = 3 * normal(3 * 50, n_features).unflatten(0, (3, 50))
-        together = joint_log_prob(flows, z)
-        for flow, rows, log_prob in zip(flows, z, together, strict=True):
-            noise, log_det = rows, 0.0
-            for layer in reversed(flow.layers):
-                noise, log_det_layer = layer.inverse(noise)
-                log_det = log_det + log_det_layer
-            torch.testing.assert_close(log_prob, standard_normal_log_prob(noise) + log_det)
+    def test_log_density_is_that_of_the_layers(self, kind, n_features):
+        flow = build(kind, n_features)
+        # Some rows beyond the bound of the splines, some on it.
+        z = (3 * normal(200, n_features)).clamp(max=5.0)
+        noise, log_det = z, 0.0
+        for layer in reversed(flow.layers):
+            noise, log_det_layer = layer.inverse(noise)
+            log_det = log_det + log_det_layer
+        torch.testing.assert_close(flow.log_prob(z), standard_normal_log_prob(noise) + log_det)
 
     def test_flow_starts_at_the_gaussian_that_it_is_given(self, kind, n_features):
         z = 0.5 + normal(200, n_features) @ (torch.eye(n_features) + 0.3).double()
