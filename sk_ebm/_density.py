@@ -377,10 +377,10 @@ class EBMFlowDensity(Versioned, CallbackSupportMixin, DensityMixin, BaseEstimato
     def sample(self, n_samples: int = 1, random_state: Any = None) -> np.ndarray:
         """Draw rows from the fitted density.
 
-        Proposals of the bases, and of the flow where those do not suffice, are kept as often as their weights ask, on
-        average, and what is kept more than once is moved apart by Langevin steps. Where no energy tilts the bases,
-        their own draws are those of the density. The law of the draws is that of the fitted density as far as the
-        proposals cover it: see `effective_sample_size_`.
+        Each ensemble of the pool is drawn from by its share. Where no energy tilts its bases, these draw for
+        themselves. Elsewhere proposals of the bases, and of the flow where those do not suffice, are kept as often as
+        their weights ask, on average, and what is kept more than once is moved apart by Langevin steps. The law of
+        the draws is that of the fitted density as far as the proposals cover it: see `effective_sample_size_`.
 
         Parameters
         ----------

@@ -24,7 +24,6 @@ from sk_ebm._sampler import (
     draw_pool,
     log_weight,
     pool_log_weight,
-    pooled_log_weight,
 )
 from sk_ebm._selection import (
     HEAVY_TAILED,
@@ -177,7 +176,7 @@ def _assemble(
     kept = _to_float64([candidate for candidate in candidates if share_of[candidate.name] > 0])
     shares = [share_of[candidate.name] for candidate in kept]
     proposal = _joint_proposal(kept, shares)
-    model = _stack(kept, shares, proposal, generator)
+    model = _stack(kept, shares, proposal, generator, std_error)
     normalizer = estimate_log_normalizer_of(model, proposal, generator, std_error=std_error)
     scores = {candidate.name: candidate.result.held_out_log_likelihood + log_det for candidate in candidates}
     endings = {candidate.name: (candidate.result.outcome, candidate.result.n_iter) for candidate in candidates}
@@ -547,19 +546,25 @@ def _joint_proposal(candidates: list[Candidate], shares: Sequence[float] | None 
 
 @torch.no_grad()
 def _stack(
-    candidates: list[Candidate], shares: list[float], proposal: DensityMixture, generator: torch.Generator
+    candidates: list[Candidate],
+    shares: list[float],
+    proposal: DensityMixture,
+    generator: torch.Generator,
+    std_error: float,
 ) -> StackedDensity:
     """Pool the members of each candidate, then mix the pools."""
-    ensembles = [candidate.model for candidate in candidates]
-    of_ensemble = torch.zeros(len(ensembles), dtype=torch.float64)
-    # Common draws: their noise mostly cancels between members and ensembles, and the final log Z covers the rest.
+    # Common draws: their noise mostly cancels between members.
     pool = draw_pool(proposal, _STACKING_DRAWS, generator)
-    for c, ensemble in enumerate(ensembles):
+    log_normalizers = torch.zeros(len(candidates), dtype=torch.float64)
+    for c, candidate in enumerate(candidates):
+        ensemble = candidate.model
         estimates = _member_log_normalizers(ensemble, pool)
         ensemble.log_normalizers.copy_(torch.tensor([estimate.value for estimate in estimates], dtype=torch.float64))
-        if len(ensembles) > 1:
-            of_ensemble[c] = estimate_log_normalizer(pooled_log_weight(ensemble, pool), pool.controls).value
-    return StackedDensity(ensembles, torch.tensor(shares, dtype=torch.float64), of_ensemble)
+        if len(candidates) > 1 and not ensemble.is_flat:
+            # As exact as that of the whole: an error here would be one of the shares too.
+            alone = StackedDensity([ensemble], torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64))
+            log_normalizers[c] = estimate_log_normalizer_of(alone, proposal, generator, std_error=std_error).value
+    return StackedDensity([c.model for c in candidates], torch.tensor(shares, dtype=torch.float64), log_normalizers)
 
 
 def _member_log_normalizers(model: TiltedEnsemble, pool: Pool) -> list[LogNormalizer]:

@@ -120,7 +120,7 @@ class StackedDensity(nn.Module):
     shares : tensor of shape (C,)
         Share a_c of each ensemble; they sum to one.
     log_normalizers : tensor of shape (C,)
-        log Z_c (nats) of each ensemble; Z makes up for their errors.
+        log Z_c (nats) of each ensemble.
     """
 
     shares: torch.Tensor
@@ -143,6 +143,12 @@ class StackedDensity(nn.Module):
         pairs = zip(self.ensembles, log_bases, strict=True)
         pooled = torch.stack([ensemble.pooled_log_density(z, log_base) for ensemble, log_base in pairs])
         return ((self.shares.log() - self.log_normalizers).unsqueeze(-1) + pooled).logsumexp(0)
+
+    def parts(self) -> list["StackedDensity"]:
+        """Return the density of each ensemble alone."""
+        one = torch.ones_like(self.shares[:1])
+        pairs = zip(self.ensembles, self.log_normalizers.split(1), strict=True)
+        return [StackedDensity([ensemble], one, log_normalizer) for ensemble, log_normalizer in pairs]
 
 
 def _into_ball(z: torch.Tensor) -> torch.Tensor:

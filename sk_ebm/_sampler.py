@@ -105,13 +105,6 @@ def pool_log_weight(model: TiltedEnsemble, pool: Pool) -> torch.Tensor:
 
 
 @torch.no_grad()
-def pooled_log_weight(model: TiltedEnsemble, pool: Pool) -> torch.Tensor:
-    """Return the log importance weights of the pool for an ensemble's own pool of energies, shape (n,)."""
-    log_density = [model.pooled_log_density(part.position, part.base_log_prob(model)) for part in pool.split()]
-    return _finite_or_zero_weight(torch.cat(log_density) - pool.log_proposal)
-
-
-@torch.no_grad()
 def log_weight(density: StackedDensity, pool: Pool) -> torch.Tensor:
     """Return the log importance weights of the pool for the whole density, shape (n,)."""
     log_density = [
@@ -229,37 +222,38 @@ def draw_from_density(
     density: StackedDensity, proposal: DensityMixture, n_samples: int, generator: torch.Generator
 ) -> torch.Tensor:
     """Draw rows from a density, from each ensemble as many as its share, rounded up or down."""
+    counts = rounded_counts(n_samples, density.shares.tolist(), generator)
     # Rounding to single precision is nothing beside the noise of the weights.
     density, proposal = copy.deepcopy((density, proposal))
     density.float(), proposal.float()
-    counts = rounded_counts(n_samples, density.shares.tolist(), generator)
-    pairs = zip(density.ensembles, counts, strict=True)
-    draws = torch.cat([_draw_from_ensemble(model, proposal, n, generator) for model, n in pairs if n])
+    pairs = zip(density.parts(), counts, strict=True)
+    draws = torch.cat([_draw_from_ensemble(part, proposal, n, generator) for part, n in pairs if n])
     return draws[torch.randperm(n_samples, generator=generator)].double()
 
 
 def _draw_from_ensemble(
-    model: TiltedEnsemble, proposal: DensityMixture, n_samples: int, generator: torch.Generator
+    density: StackedDensity, proposal: DensityMixture, n_samples: int, generator: torch.Generator
 ) -> torch.Tensor:
-    """Draw rows from the pool of an ensemble: keep proposals as often as weights ask, then move those kept twice apart.
+    """Draw rows from one ensemble: keep each proposal as often as its weight asks, then move those kept twice apart.
 
     A weight is rounded up or down at random, so that every proposal is kept as often as it should be on average. More
     rows than few are drawn in any case, and some of them returned, since that average is one over many proposals.
-    Where no energy tilts the bases, their own draws are those of the pool, and nothing is weighted.
+    Where no energy tilts the bases, their own draws are those of the ensemble, and nothing is weighted.
     """
-    untilted = model.untilted()
+    (ensemble,) = density.ensembles
+    untilted = ensemble.untilted()
     if untilted is not None:
         sizes = [len(rows) for rows in torch.arange(n_samples).split(_SAMPLE_CHUNK)]
         z = torch.cat([untilted.sample(size, generator) for size in sizes])
         if z.isfinite().all():
             return z
     n_wanted = max(n_samples, _MIN_DRAWS)
-    proposal, log_cap, n_per_draw = _prepare_sampling(model, proposal, min(_MAX_PILOT, n_wanted), generator)
+    proposal, log_cap, n_per_draw = _prepare_sampling(density, proposal, min(_MAX_PILOT, n_wanted), generator)
     draws: list[torch.Tensor] = []
     n_left, n_proposed = n_wanted, 0
     while n_left > 0:
         pool = draw_pool(proposal, min(_SAMPLE_CHUNK, max(_MIN_DRAWS, math.ceil(1.1 * n_per_draw * n_left))), generator)
-        weight = pooled_log_weight(model, pool)
+        weight = log_weight(density, pool)
         n_proposed += len(weight)
         if log_cap == -math.inf:
             # No draw of the pilot was any good, so each is as good as any other.
@@ -275,7 +269,7 @@ def _draw_from_ensemble(
         is_repeat[1:] = index[1:] == index[:-1]
         if is_repeat.any():
             parts = position[is_repeat].split(CHUNK)
-            position[is_repeat] = torch.cat([_separate(model.pooled_log_density, part, generator) for part in parts])
+            position[is_repeat] = torch.cat([_separate(density.log_density, part, generator) for part in parts])
         draws.append(position)
         n_left -= len(position)
     all_draws = torch.cat(draws)
@@ -283,7 +277,7 @@ def _draw_from_ensemble(
 
 
 def _prepare_sampling(
-    model: TiltedEnsemble, proposal: DensityMixture, n_pilot: int, generator: torch.Generator
+    density: StackedDensity, proposal: DensityMixture, n_pilot: int, generator: torch.Generator
 ) -> tuple[DensityMixture, float, float]:
     """Choose what to propose from, and a cap of the log weights below which a proposal is kept once at most.
 
@@ -291,7 +285,7 @@ def _prepare_sampling(
     not, the whole proposal does. Also return how many proposals make one draw.
     """
     pool = draw_pool(proposal, n_pilot, generator)
-    weight = pooled_log_weight(model, pool)
+    weight = log_weight(density, pool)
     probability = _probability(weight)
     is_cheap = [not getattr(part, "is_slow", False) for part in pool.components]
     log_prob = pool.component_log_prob[torch.tensor(is_cheap)]
@@ -305,7 +299,7 @@ def _prepare_sampling(
         # Judged on draws of the whole proposal too, which see what the lean one would miss.
         log_square = (probability.log() + weight + pool.log_proposal - lean.mix(log_prob))[probability > 0].logsumexp(0)
         seen_by_all = float((weight.logsumexp(0) - math.log(n_pilot) - log_square).exp())
-        lean_weight = pooled_log_weight(model, draw_pool(lean, n_pilot, generator))
+        lean_weight = log_weight(density, draw_pool(lean, n_pilot, generator))
         if min(seen_by_all, float(effective_sample_size(lean_weight))) > _LEAST_LEAN_SAMPLE_SIZE:
             return lean, *_cap(lean_weight)
     return proposal, *_cap(weight)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from sk_ebm._energy import MLPEnergies, SeparateEnergies
+from sk_ebm._fitting import estimate_log_normalizer_of
 from sk_ebm._flow import make_flow
 from sk_ebm._mixture import fit_gaussian, fit_mixtures, mixture_of_mixtures
 from sk_ebm._model import StackedDensity, TiltedEnsemble
@@ -18,7 +19,6 @@ from sk_ebm._sampler import (
     log_weight,
     pool_effective_sample_size,
     pool_log_weight,
-    pooled_log_weight,
     start_chains,
 )
 from sk_ebm._stacking import DensityMixture
@@ -228,7 +228,7 @@ def test_bases_that_no_energy_tilts_are_drawn_from_without_weights(model, propos
     model.rescale(0.0)
     other = shifted_untilted(model, generator)
     density = StackedDensity([model, other], torch.tensor([0.75, 0.25]).double(), torch.zeros(2).double())
-    monkeypatch.setattr("sk_ebm._sampler.pooled_log_weight", lambda *arguments: pytest.fail("weighted"))
+    monkeypatch.setattr("sk_ebm._sampler.log_weight", lambda *arguments: pytest.fail("weighted"))
     z = draw_from_density(density, proposal, 20_001, generator)
     assert z.shape == (20_001, 2)
     assert float((z.sum(-1) > 5).double().mean()) == pytest.approx(0.25, abs=0.005)
@@ -236,22 +236,23 @@ def test_bases_that_no_energy_tilts_are_drawn_from_without_weights(model, propos
 
 def test_each_ensemble_is_drawn_by_its_share_and_in_its_own_way(model, proposal, generator, monkeypatch):
     other = shifted_untilted(model, generator, 40.0)
-    alone_weight = pooled_log_weight(model, draw_pool(proposal, 4000, generator))
-    log_z = float(alone_weight.logsumexp(0)) - math.log(4000)
-    # An ensemble need not be normalised, and its proposals need not cover the other.
-    density = StackedDensity([model, other], torch.tensor([0.7, 0.3]).double(), torch.tensor([log_z, 0.0]).double())
-    weighted = []
-    monkeypatch.setattr(
-        "sk_ebm._sampler.pooled_log_weight",
-        lambda weighed, pool: weighted.append(weighed) or pooled_log_weight(weighed, pool),
-    )
-    z = draw_from_density(density, proposal, 10_000, generator)
-    is_far = z.sum(-1) > 40
-    assert float(is_far.double().mean()) == pytest.approx(0.3, abs=0.001)
-    assert weighted
-    assert not any(ensemble.is_flat for ensemble in weighted)
-    near = draw_from_density(alone(model), proposal, 10_000, generator)
-    torch.testing.assert_close(z[~is_far].mean(0), near.mean(0), atol=0.1, rtol=0)
+    log_z = estimate_log_normalizer_of(alone(model), proposal, generator, std_error=0.002).value
+    shares, log_normalizers = torch.tensor([[0.7, 0.3], [log_z, 0.0]]).double()
+    density = StackedDensity([model, other], shares, log_normalizers)
+    both = DensityMixture([*proposal.components, other.bases[0]], [0.5 * s for s in proposal.proportions] + [0.5])
+    pool = draw_pool(both, 40_000, generator)
+    weight = log_weight(density, pool).softmax(0)
+    weighed = []
+    monkeypatch.setattr("sk_ebm._sampler.log_weight", lambda part, pool: weighed.append(part) or log_weight(part, pool))
+    z = draw_from_density(density, proposal, 20_000, generator)
+    assert weighed
+    assert not any(part.ensembles[0].is_flat for part in weighed)
+    is_far, is_far_in_pool = z.sum(-1) > 40, pool.position.sum(-1) > 40
+    assert float(is_far.double().mean()) == pytest.approx(float(weight[is_far_in_pool].sum()), abs=0.01)
+    near = torch.where(is_far_in_pool, 0.0, weight)
+    expected = near @ pool.position / near.sum()
+    torch.testing.assert_close(z[~is_far].mean(0), expected, atol=0.05, rtol=0)
+    assert (expected - model.bases[0].means.mean(0)).abs().max() > 0.15
 
 
 def test_draws_without_any_weight_are_the_proposals(proposal, model, generator):
