@@ -6,7 +6,8 @@ so an interrupted run goes on where it stopped.
 On mixtures, the weights of the modes of a fitted density are found by importance sampling from the truth, whatever
 the density's own sampler does. Total variation is from the weights of the modes in the same draws, unweighted: both
 share the noise of the draws, which would else be as large as what is measured. No density can know the truth better
-than its training rows do, so what a training loses is the distance from the weights in the training rows.
+than its training rows do, so what a training loses is the distance from the weights in the training rows. The best that
+can be had is what an oracle has: maximum likelihood among mixtures of as many spherical Gaussians as in the truth.
 """
 
 import argparse
@@ -108,8 +109,8 @@ def report(rows: list[dict]) -> str:
     """Format means over seeds as Markdown."""
     lines = [
         "| total variation from the true weights | training rows | oracle | EBMFlowDensity | Langevin EBM | ratio to "
-        "training rows | ratio to Langevin | EBMFlowDensity from training rows | Langevin EBM from training rows | coverage of "
-        "90 % intervals | draws against shares | ESS | fit seconds |",
+        "training rows | ratio to Langevin | EBMFlowDensity from training rows | Langevin EBM from training rows | coverage "
+        "of 90 % intervals | draws against shares | ESS | fit seconds |",
         "| --- " * 13 + "|",
     ]
     mixtures = [row for row in rows if row["task"] != "digits"]
