@@ -109,8 +109,8 @@ def report(rows: list[dict]) -> str:
     """Format means over seeds as Markdown."""
     lines = [
         "| total variation from the true weights | training rows | oracle | EBMFlowDensity | Langevin EBM | ratio to "
-        "training rows | ratio to Langevin | EBMFlowDensity from training rows | Langevin EBM from training rows | coverage "
-        "of 90 % intervals | draws against shares | ESS | fit seconds |",
+        "training rows | ratio to Langevin | EBMFlowDensity from training rows | Langevin EBM from training rows | "
+        "coverage of 90 % intervals | draws against shares | ESS | fit seconds |",
         "| --- " * 13 + "|",
     ]
     mixtures = [row for row in rows if row["task"] != "digits"]
