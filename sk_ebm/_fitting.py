@@ -61,8 +61,6 @@ _KINDS: dict[str, tuple[str, ...]] = {
     "flow": ("gaussian",),
 }
 _STACKING_DRAWS = 20_000
-# Smaller shares are not worth the time that it takes to score energies or flows.
-_MIN_SHARE = 0.1
 _SCALES = (1.0, 0.75, 0.5, 0.25, 0.0)
 _CHUNK = 8192
 _MIN_DRAWS = 2 * _CHUNK
@@ -154,8 +152,10 @@ def fit_model(
     candidates = trainer.temper(candidates)
     held_out, is_covered = trainer.held_out_log_prob(candidates)
     of_judged, judged = trainer.of_judged(held_out), trainer.judged.weight.cpu().double()
-    least = torch.tensor([_least_share(candidate) for candidate in candidates])
-    shares = group.from_first(lambda: stacking_shares(of_judged, judged, is_covered, least))
+    # Heavy tails alone cost little, and one row in a thousand may need them.
+    is_cheap = torch.tensor([candidate.name == HEAVY_TAILED and candidate.model.is_flat for candidate in candidates])
+    tol = settings.train.tol
+    shares = group.from_first(lambda: stacking_shares(of_judged, judged, is_covered, is_cheap, tol))
     share_of = {c.name: 0.0 for c in trained} | {c.name: share for c, share in zip(candidates, shares, strict=True)}
     left_behind = [candidate for candidate in trained if candidate.result.outcome is Outcome.LEFT_BEHIND]
     candidates = [*candidates, *left_behind]
@@ -522,11 +522,6 @@ def _check_energies(energies: nn.Module, z: torch.Tensor) -> None:
         )
     if not value.isfinite().all():
         raise ValueError(f"The energy must be finite before training, but it returned {value.tolist()}.")
-
-
-def _least_share(candidate: Candidate) -> float:
-    """Return the share that makes a candidate worth scoring: heavy tails alone are cheap, and one row may need them."""
-    return 0.0 if candidate.name == HEAVY_TAILED and candidate.model.is_flat else _MIN_SHARE
 
 
 def _joint_proposal(candidates: list[Candidate], shares: Sequence[float] | None = None) -> DensityMixture:

@@ -130,12 +130,12 @@ def shares_with_prior(log_density: torch.Tensor, weight: torch.Tensor) -> torch.
 
 
 def stacking_shares(
-    held_out: torch.Tensor, weight: torch.Tensor, is_covered: torch.Tensor, least: torch.Tensor
+    held_out: torch.Tensor, weight: torch.Tensor, is_covered: torch.Tensor, is_cheap: torch.Tensor, tol: float
 ) -> list[float]:
     """Return each candidate's share of a pool that makes rows most likely that no candidate has seen.
 
     A candidate whose proposals miss some of its mass gets no share if there is another: its log Z is too low, which
-    flatters it.
+    flatters it. Nor does one get any that adds next to nothing: it would cost time in every score, and its errors.
 
     Parameters
     ----------
@@ -145,12 +145,25 @@ def stacking_shares(
         Non-negative row weights.
     is_covered : tensor of shape (C,)
         Whether the proposals cover the candidate.
-    least : tensor of shape (C,)
-        Share below which a candidate is not worth the time that it takes to score, less than 1 / C.
+    is_cheap : tensor of shape (C,)
+        Whether the candidate takes so little time to score that any share is welcome.
+    tol : float
+        Nats per row that any other candidate must add to those that are kept.
     """
-    is_covered = is_covered if is_covered.any() else ~is_covered
-    is_held_out = held_out[is_covered].isfinite().all(0)
+    kept = is_covered.nonzero().flatten().tolist() or list(range(len(held_out)))
+    is_held_out = held_out[kept].isfinite().all(0)
+    log_density, weight = held_out[:, is_held_out], weight[is_held_out]
+
+    def score(kept: list[int]) -> float:
+        log_shares = mixture_shares(log_density[kept], weight).log().unsqueeze(-1)
+        return float(weight.double() @ (log_shares + log_density[kept].double()).logsumexp(0) / weight.double().sum())
+
+    while len(kept) > 1:
+        without = [[j for j in kept if j != c] for c in kept if not is_cheap[c]]
+        best = max(without, key=score, default=kept)
+        if best == kept or score(kept) - score(best) >= tol:
+            break
+        kept = best
     shares = torch.zeros(len(held_out), dtype=torch.float64)
-    shares[is_covered] = shares_with_prior(held_out[is_covered][:, is_held_out], weight[is_held_out])
-    kept = torch.where(shares < least, 0.0, shares)
-    return [float(share) for share in kept / kept.sum()]
+    shares[kept] = shares_with_prior(log_density[kept], weight)
+    return [float(share) for share in shares]

@@ -10,11 +10,11 @@ from sklearn.datasets import load_iris
 from torch import nn
 
 from sk_ebm import EBMFlowDensity, LowEffectiveSampleSizeWarning, TrainingWarning
-from sk_ebm._fitting import Candidate, _least_share, _Trainer
+from sk_ebm._fitting import _Trainer
 from sk_ebm._folds import Folds
 from sk_ebm._mixture import Mixture
 from sk_ebm._parallel import ALONE
-from sk_ebm._selection import HEAVY_TAILED, Bases
+from sk_ebm._selection import Bases
 from sk_ebm._training import Outcome
 
 QUICK = {
@@ -505,14 +505,6 @@ def test_flows_that_lead_join_without_energies_on_top(monkeypatch, capsys):
     alone = quick(base="flow").fit(X)
     assert alone.n_iter_ > 0
     assert alone.score_samples(1e4 + X[:1]) < -1e5
-
-
-@pytest.mark.parametrize(
-    ("name", "is_flat", "least"), [(HEAVY_TAILED, True, 0.0), (HEAVY_TAILED, False, 0.1), ("gaussian", True, 0.1)]
-)
-def test_untilted_heavy_tails_alone_keep_any_share(name, is_flat, least):
-    candidate = Candidate(name, Mock(is_flat=is_flat), Mock(), Mock())
-    assert _least_share(candidate) == least
 
 
 def test_an_interrupt_while_flows_are_fitted_keeps_what_is_trained(monkeypatch):

@@ -1,11 +1,12 @@
 """Stacking finds the mixture of candidates that makes held-out rows most likely."""
 
+import pytest
 import torch
 
 from sk_ebm._stacking import mixture_shares, shares_with_prior, stacking_shares
 
 # Share below which a candidate is not worth its time.
-LEAST = torch.tensor([0.1, 0.1])
+COSTLY, TOL = torch.tensor([False, False]), 1e-3
 
 
 def log_normal(z, mean, scale=1.0):
@@ -57,18 +58,32 @@ def test_a_candidate_of_uncertain_normalizer_is_left_out_if_another_is_certain()
     z = torch.randn(500, generator=torch.Generator().manual_seed(3))
     flattered = torch.stack([log_normal(z, 0.0), log_normal(z, 0.0) + 5])
     flattered[:, :10] = torch.nan
-    assert stacking_shares(flattered, torch.ones(500), torch.tensor([True, False]), LEAST) == [1, 0]
-    assert stacking_shares(flattered, torch.ones(500), torch.tensor([False, False]), LEAST) == [0, 1]
+    assert stacking_shares(flattered, torch.ones(500), torch.tensor([True, False]), COSTLY, TOL) == [1, 0]
+    assert stacking_shares(flattered, torch.ones(500), torch.tensor([False, False]), COSTLY, TOL) == [0, 1]
 
 
-def test_small_shares_are_not_worth_a_candidate():
+def test_a_candidate_that_adds_next_to_nothing_gets_no_share_unless_it_is_cheap():
+    z = torch.randn(2000, generator=torch.Generator().manual_seed(4))
+    # The first two are the same up to a little noise: both together are better, but hardly.
+    noise = 0.02 * torch.randn(2, 2000, generator=torch.Generator().manual_seed(5))
+    held_out = torch.cat([log_normal(z, 0.0) + noise, log_normal(z, 8.0).unsqueeze(0)])
+    weight, all_covered = torch.ones(2000), torch.tensor([True, True, True])
+    assert mixture_shares(held_out, weight)[:2].min() > 0.1
+    shares = stacking_shares(held_out, weight, all_covered, torch.tensor([False, False, False]), TOL)
+    assert sorted(shares) == [0, 0, 1]
+    assert shares[2] == 0
+    shares = stacking_shares(held_out, weight, all_covered, torch.tensor([False, False, True]), TOL)
+    assert 0 < shares[2] < 0.001
+    assert 0 in shares
+
+
+def test_a_small_share_that_adds_much_is_kept():
     z = torch.randn(2000, generator=torch.Generator().manual_seed(4))
     z[:60] += 8
     held_out = torch.stack([log_normal(z, 0.0), log_normal(z, 8.0)])
-    assert 0.02 < mixture_shares(held_out, torch.ones(2000))[1] < 0.05
-    both = torch.tensor([True, True])
-    assert stacking_shares(held_out, torch.ones(2000), both, LEAST) == [1, 0]
-    assert stacking_shares(held_out, torch.ones(2000), both, torch.tensor([0.1, 0.01]))[1] > 0.02
+    shares = stacking_shares(held_out, torch.ones(2000), torch.tensor([True, True]), COSTLY, TOL)
+    assert 0.02 < shares[1] < 0.05
+    assert sum(shares) == pytest.approx(1)
 
 
 def test_a_density_that_no_row_asked_for_keeps_half_a_row():
