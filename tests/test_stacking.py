@@ -5,7 +5,7 @@ import torch
 
 from sk_ebm._stacking import mixture_shares, shares_with_prior, stacking_shares
 
-# Share below which a candidate is not worth its time.
+# Whether candidates are cheap, and the nats per row that one that is not must add.
 COSTLY, TOL = torch.tensor([False, False]), 1e-3
 
 
