@@ -22,7 +22,7 @@ from sk_ebm._student_t import fit_student_t
 from sk_ebm._support import FeatureMap, fit_feature_map
 from sk_ebm._types import Density
 
-_N_COMPONENTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+_N_COMPONENTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 _MIN_ROWS_PER_COMPONENT = 10
 # More rows would change the fitted maps and bases too little to be worth their time and memory.
 MAX_FIT_ROWS = 8000
