@@ -60,7 +60,7 @@ def tuned_gaussian_mixture(X: np.ndarray, seed: int = 0) -> Scaled:
     The units matter: a sphere in one is none in the other.
     """
     grid = {
-        "n_components": [k for k in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32) if 10 * k <= len(X)],
+        "n_components": [k for k in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64) if 10 * k <= len(X)],
         "covariance_type": ["full", "tied", "diag", "spherical"],
     }
 
