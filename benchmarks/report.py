@@ -108,11 +108,9 @@ def write_report(rows: list[dict], path: Path) -> None:
     """Write RESULTS.md."""
     cells = cells_with_peers(rows)
     models = [OURS, *dict.fromkeys(row["model"] for row in rows if row["model"] != OURS)]
-    n_seeds = len({row["seed"] for row in rows})
     parts = [
         "# Results\n\nWritten by `python benchmarks/run.py` (its docstring has the whole command); do not edit.\n\n"
-        + f"{n_seeds} seed{'s' * (n_seeds > 1)}, medians; one thread of {platform.machine()}, Python "
-        + f"{platform.python_version()}, "
+        + f"Medians over seeds; one thread of {platform.machine()}, Python {platform.python_version()}, "
         + ", ".join(f"{package} {version(package)}" for package in PACKAGES)
         + ".\n\n**Bold**: best. Ours has a mark behind it: ✓ better than the best peer, ≈ within two paired standard "
         "errors of it, ✗ worse."
@@ -160,7 +158,9 @@ def _summary(cells: list[Cell]) -> str:
         if any(flow in cell.rows for flow in FLOWS)
     ]
     as_good, better = np.mean([mark != "✗" for mark in marks]), np.mean([lead > 0 for lead in leads])
+    n_seeds = sorted({len(cell.rows[OURS]) for cell in cells})
     lines = [
+        f"- seeds per task: {' to '.join(str(n) for n in dict.fromkeys((n_seeds[0], n_seeds[-1])))}",
         f"- at least as good as the best peer: {as_good:.0%} of {len(cells)} (bar: 90 %)",
         f"- better: {better:.0%} (bar: 60 %)",
         f"- far behind, KL over 1.1 x the best peer's or over 0.1 nat below it: {', '.join(far) or 'none'} (bar: none)",
