@@ -14,6 +14,9 @@ _MAX_SHORTFALL = 1e-6
 # Rows that each density is taken to have before any is seen (Krichevsky and Trofimov): what no held-out row asked for
 # may yet be what a new one needs.
 _PRIOR_COUNT = 0.5
+# Nats that another density must add to the likelihood of all rows together: by chance, one of no use adds as much once
+# in fifty times.
+_MIN_TOTAL_GAIN = 2.0
 
 
 class DensityMixture(Density):
@@ -124,9 +127,13 @@ def shares_with_prior(log_density: torch.Tensor, weight: torch.Tensor) -> torch.
     It costs some 1 / n nats, and a row that only one of them can explain costs log n more than under that one, about.
     """
     shares = mixture_shares(log_density, weight)
-    # Rows of equal weight that say as much.
-    n_rows = weight.double().sum().square() / weight.double().square().sum()
+    n_rows = _effective_count(weight)
     return (n_rows * shares + _PRIOR_COUNT) / (n_rows + _PRIOR_COUNT * len(shares))
+
+
+def _effective_count(weight: torch.Tensor) -> float:
+    """Return how many rows of equal weight say as much."""
+    return float(weight.double().sum().square() / weight.double().square().sum())
 
 
 def stacking_shares(
@@ -148,11 +155,13 @@ def stacking_shares(
     is_cheap : tensor of shape (C,)
         Whether the candidate takes so little time to score that any share is welcome.
     tol : float
-        Nats per row that any other candidate must add to those that are kept.
+        Nats per row that any other candidate must add to those that are kept, or fewer where rows are so many that
+        fewer cannot be chance.
     """
     kept = is_covered.nonzero().flatten().tolist() or list(range(len(held_out)))
     is_held_out = held_out[kept].isfinite().all(0)
     log_density, weight = held_out[:, is_held_out], weight[is_held_out]
+    tol = min(tol, _MIN_TOTAL_GAIN / _effective_count(weight))
 
     def score(kept: list[int]) -> float:
         log_shares = mixture_shares(log_density[kept], weight).log().unsqueeze(-1)

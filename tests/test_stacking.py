@@ -77,6 +77,17 @@ def test_a_candidate_that_adds_next_to_nothing_gets_no_share_unless_it_is_cheap(
     assert 0 in shares
 
 
+def test_what_is_next_to_nothing_in_a_thousand_rows_is_something_in_twenty_thousand():
+    z = torch.randn(1000, generator=torch.Generator().manual_seed(4))
+    held_out = torch.stack([log_normal(z, 0.0), log_normal(z, 0.0, 1.6)])
+    of_many = held_out.repeat(1, 20)
+    log_shares = mixture_shares(held_out, torch.ones(1000)).log().unsqueeze(-1)
+    assert 2 / 20_000 < ((held_out + log_shares).logsumexp(0) - held_out[0]).mean() < TOL
+    assert stacking_shares(held_out, torch.ones(1000), torch.tensor([True, True]), COSTLY, TOL) == [1, 0]
+    shares = stacking_shares(of_many, torch.ones(20_000), torch.tensor([True, True]), COSTLY, TOL)
+    assert 0 < shares[1] < 0.2
+
+
 def test_a_small_share_that_adds_much_is_kept():
     z = torch.randn(2000, generator=torch.Generator().manual_seed(4))
     z[:60] += 8
