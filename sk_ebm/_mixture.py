@@ -19,6 +19,8 @@ _MIN_VARIANCE = 1e-6
 _LOST_COUNT = 1e-3
 # Memory: how many values of the quadratic features are held at once.
 _MAX_FEATURE_VALUES = 20_000_000
+# What is held at once for every component of every mixture: few enough values to stay in the cache of a processor.
+_MAX_VALUES = 2**17
 # Pseudo-counts of the prior that pulls every covariance a little towards a sphere: fits stay positive
 # definite with fewer rows than features.
 PRIOR_COUNT = 1.0
@@ -41,6 +43,8 @@ class Mixture(Density):
     means: torch.Tensor
     scale_trils: torch.Tensor
     whiteners: torch.Tensor
+    offsets: torch.Tensor
+    log_constants: torch.Tensor
 
     def __init__(self, log_proportions: torch.Tensor, means: torch.Tensor, scale_trils: torch.Tensor) -> None:
         super().__init__()
@@ -48,18 +52,21 @@ class Mixture(Density):
         self.register_buffer("means", means)
         self.register_buffer("scale_trils", scale_trils)
         self.register_buffer("whiteners", inverse_tril(scale_trils))
+        # What does not depend on the rows, in the shapes that `component_log_prob` needs.
+        d = means.shape[-1]
+        log_det = self.whiteners.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        log_constants = log_proportions + log_det - 0.5 * d * math.log(2 * math.pi)
+        self.register_buffer("offsets", (self.whiteners @ means.unsqueeze(-1)).reshape(-1, 1))
+        self.register_buffer("log_constants", log_constants.unsqueeze(-1))
 
     def component_log_prob(self, z: torch.Tensor) -> torch.Tensor:
         """Return log(proportion) + log density (nats) of each row under each component, shape (k, n)."""
         n_components, d = self.means.shape
         # W (z - mean) for all components in one matrix product, with rows last: sums over features and components then
         # run along whole vectors.
-        whiteners = self.whiteners.reshape(n_components * d, d)
-        offsets = (self.whiteners @ self.means.unsqueeze(-1)).reshape(n_components * d, 1)
-        scaled = torch.addmm(offsets, whiteners, z.T, beta=-1).reshape(n_components, d, len(z))
-        log_det = self.whiteners.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        log_constant = self.log_proportions + log_det - 0.5 * d * math.log(2 * math.pi)
-        return log_constant.unsqueeze(-1) - 0.5 * scaled.square().sum(1)
+        scaled = torch.addmm(self.offsets, self.whiteners.flatten(0, 1), z.T, beta=-1)
+        squared_distance = scaled.square().reshape(n_components, d, len(z)).sum(1)
+        return torch.add(self.log_constants, squared_distance, alpha=-0.5)
 
     def log_prob(self, z: torch.Tensor) -> torch.Tensor:
         """Return the normalised log density (nats) of each row, shape (n,)."""
@@ -168,8 +175,8 @@ class _BatchedEM:
         d = z.shape[1]
         index = torch.triu_indices(d, d, device=z.device) if self.has_products else torch.arange(d).expand(2, d)
         self.row, self.column = index[0].to(z.device), index[1].to(z.device)
-        self.chunk = max(1, _MAX_FEATURE_VALUES // (len(self.row) + d + 1))
-        self.all_features = self._features(z) if len(z) <= self.chunk else None
+        fits_in_memory = len(z) * (len(self.row) + d + 1) <= _MAX_FEATURE_VALUES
+        self.all_features = self._features(z) if fits_in_memory else None
 
     def run(self, labels: torch.Tensor, tol: float) -> torch.Tensor:
         """Iterate from hard labels (B, n); return the mean log-likelihoods (B,)."""
@@ -189,8 +196,9 @@ class _BatchedEM:
     def _moments_of(self, labels: torch.Tensor) -> torch.Tensor:
         """Return the summed features (B, k, F) of the rows of each label."""
         moments = self.z.new_zeros(())
+        component = torch.arange(self.n_components, device=self.z.device).unsqueeze(-1)
         for features, weight, label in self._chunks(labels):
-            mass = _mass_by_label(label, weight, self.n_components)
+            mass = torch.where(label.unsqueeze(1) == component, weight.unsqueeze(1), 0.0)
             moments = moments + (mass.flatten(0, 1) @ features)
         return moments.reshape(len(self.weight), self.n_components, -1)
 
@@ -200,20 +208,22 @@ class _BatchedEM:
         moments, log_likelihood = self.z.new_zeros(()), self.z.new_zeros(())
         for features, weight, _ in self._chunks(self.weight):
             joint = (coefficients @ features.T).reshape(len(weight), self.n_components, -1)
-            log_prob = joint.logsumexp(1, keepdim=True)
-            log_likelihood = log_likelihood + (weight * log_prob.squeeze(1)).sum(-1)
-            mass = weight.unsqueeze(1) * (joint - log_prob).exp_()
+            # The exponentials are most of the work, so the same ones serve the sum and the responsibilities.
+            highest = joint.amax(1)
+            density = joint.sub_(highest.unsqueeze(1)).exp_()
+            total = density.sum(1)
+            log_likelihood = log_likelihood + (weight * (highest + total.log())).sum(-1)
+            mass = density.mul_((weight / total).unsqueeze(1))
             moments = moments + (mass.flatten(0, 1) @ features)
         return moments.reshape(len(self.weight), self.n_components, -1), log_likelihood / self.total
 
     def _chunks(self, extra: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Yield the features of some rows, their weights and what else belongs to them."""
-        if self.all_features is not None:
-            yield self.all_features, self.weight, extra
-            return
-        parts = self.z.split(self.chunk), self.weight.split(self.chunk, dim=1), extra.split(self.chunk, dim=1)
-        for z, weight, own in zip(*parts, strict=True):
-            yield self._features(z), weight, own
+        size = _chunk_size(len(self.weight) * self.n_components)
+        for start in range(0, len(self.z), size):
+            rows = slice(start, start + size)
+            features = self._features(self.z[rows]) if self.all_features is None else self.all_features[rows]
+            yield features, self.weight[:, rows], extra[:, rows]
 
     def _coefficients(self) -> torch.Tensor:
         """Return log(proportion) + log density of every component as coefficients (B k, F) of the features."""
@@ -266,28 +276,36 @@ def kmeans_labels(z: torch.Tensor, weight: torch.Tensor, n_components: int, gene
     if n_components == 1:
         return torch.zeros(weight.shape, dtype=torch.long, device=z.device)
     runs = weight.repeat_interleave(_KMEANS_RUNS, 0)
-    square = z.square().sum(-1)
     center = _kmeans_plus_plus(z, runs, n_components, generator)
+    features = torch.cat([z, torch.ones_like(z[:, :1])], dim=1)
+    size = _chunk_size(len(runs) * n_components)
+    chunks = list(zip(features.split(size), runs.split(size, dim=1), strict=True))
     for _ in range(_KMEANS_ITER):
-        label = _nearest(z, center)
-        mass = _mass_by_label(label, runs, n_components)
-        counts = mass.sum(-1, keepdim=True)
-        center = torch.where(counts > 0, (mass @ z) / counts.clamp(min=1e-12), center)
-    near = center.gather(1, label.unsqueeze(-1).expand(-1, -1, z.shape[1]))
-    inertia = (runs * (square + near.square().sum(-1) - 2 * (near * z).sum(-1))).sum(-1)
+        moments = z.new_zeros(())
+        for part, run_weight in chunks:
+            closeness = _closeness(part, center)
+            is_nearest = closeness == closeness.amax(1, keepdim=True)
+            moments = moments + torch.where(is_nearest, run_weight.unsqueeze(1), 0.0) @ part
+        counts = moments[..., -1:]
+        center = torch.where(counts > 0, moments[..., :-1] / counts.clamp(min=1e-12), center)
+    nearest = [_closeness(part, center).max(1) for part, _ in chunks]
+    closeness, label = (torch.cat(parts, dim=-1) for parts in zip(*nearest, strict=True))
+    inertia = (runs * (z.square().sum(-1) - 2 * closeness)).sum(-1)
     best = inertia.reshape(-1, _KMEANS_RUNS).argmin(-1) + _KMEANS_RUNS * torch.arange(len(weight), device=z.device)
     return label[best]
 
 
-def _mass_by_label(label: torch.Tensor, weight: torch.Tensor, n_labels: int) -> torch.Tensor:
-    """Return the weight of each row (B, n) in the row of its label, zero in the others: shape (B, n_labels, n)."""
-    mass = weight.new_zeros(len(weight), n_labels, weight.shape[1])
-    return mass.scatter_(1, label.unsqueeze(1), weight.unsqueeze(1))
+def _closeness(features: torch.Tensor, center: torch.Tensor) -> torch.Tensor:
+    """Return half the squared norm of each row less half its squared distance to the centers (B, k, d): (B, k, n).
+
+    The features of a row are itself and a one.
+    """
+    return torch.cat([center, -0.5 * center.square().sum(-1, keepdim=True)], dim=-1) @ features.T
 
 
-def _nearest(z: torch.Tensor, center: torch.Tensor) -> torch.Tensor:
-    """Return the index (B, n) of the nearest of the centers (B, k, d)."""
-    return (center @ z.T - 0.5 * center.square().sum(-1, keepdim=True)).argmax(1)
+def _chunk_size(n_values: int) -> int:
+    """Return how many rows to treat at once when each takes so many values."""
+    return max(1, _MAX_VALUES // n_values)
 
 
 def _kmeans_plus_plus(

@@ -256,31 +256,37 @@ def _fit_margins(
     groups: _Groups, n_components: int
 ) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
     """Run EM on all features at once; return (proportions, means, scales) and the log-likelihoods (d,)."""
-    weight, mean, variance = (part.unsqueeze(-1) for part in groups)
-    total = groups.weight.sum(0)
+    # Groups last, so that sums over components and groups run along whole vectors: (d, k, g).
+    weight, mean, variance = (part.T.unsqueeze(1).contiguous() for part in groups)
+    total = weight.sum((1, 2))
     # Start from equal-mass slices of the sorted feature; a group across a border is shared, so that a weight
     # does what repetition does.
-    stop = weight.cumsum(0)
-    edges = stop[-1] * torch.arange(n_components + 1, dtype=weight.dtype, device=weight.device) / n_components
+    stop = weight.cumsum(-1)
+    shares = torch.arange(n_components + 1, dtype=weight.dtype, device=weight.device) / n_components
+    edges = stop[..., -1:] * shares.unsqueeze(-1)
     overlap = (torch.minimum(stop, edges[:, 1:]) - torch.maximum(stop - weight, edges[:, :-1])).clamp(min=0)
-    responsibility = torch.where(weight > 0, overlap / weight, 0.0)
+    # Every row's responsibilities times its weight.
+    mass = torch.where(weight > 0, overlap, 0.0)
     previous = torch.full_like(total, -math.inf)
     for _ in range(_MAX_ITER):
-        mass = weight * responsibility
-        counts = mass.sum(0) + 1e-9
-        means = (mass * mean).sum(0) / counts
-        scales = ((mass * ((mean - means).square() + variance)).sum(0) / counts).sqrt().clamp(min=_MIN_SCALE)
-        proportions = counts / counts.sum(-1, keepdim=True)
-        # The mean log density over a group whose values spread by its variance.
-        distance = ((mean - means).square() + variance) / scales.square()
-        joint = (proportions / scales).log() - 0.5 * distance - 0.5 * math.log(2 * math.pi)
-        log_prob = joint.logsumexp(-1)
-        log_likelihood = (groups.weight * log_prob).sum(0)
+        counts = mass.sum(-1, keepdim=True) + 1e-9
+        means = (mass * mean).sum(-1, keepdim=True) / counts
+        # The variance about the means of a group whose values spread by its own.
+        spread = (mean - means).square_().add_(variance)
+        scales = ((mass * spread).sum(-1, keepdim=True) / counts).sqrt().clamp(min=_MIN_SCALE)
+        proportions = counts / counts.sum(1, keepdim=True)
+        # The mean log density over such a group.
+        log_constant = (proportions / scales).log() - 0.5 * math.log(2 * math.pi)
+        joint = torch.addcmul(log_constant, spread, scales.square().reciprocal(), value=-0.5)
+        highest = joint.amax(1, keepdim=True)
+        density = joint.sub_(highest).exp_()
+        of_all = density.sum(1, keepdim=True)
+        log_likelihood = (weight * (highest + of_all.log())).sum((1, 2))
         if bool((log_likelihood - previous < 1e-5 * total).all()):
             break
         previous = log_likelihood
-        responsibility = (joint - log_prob.unsqueeze(-1)).exp()
-    return (proportions, means, scales), log_likelihood
+        mass = density.mul_(weight / of_all)
+    return (proportions.squeeze(-1), means.squeeze(-1), scales.squeeze(-1)), log_likelihood
 
 
 def _symmetric_whitener(covariance: torch.Tensor, n_samples: float) -> torch.Tensor:
