@@ -15,7 +15,7 @@ from sk_ebm._bounds import BoundsMap
 from sk_ebm._energy import WhitenedEnergies
 from sk_ebm._flow import CouplingFlow
 from sk_ebm._folds import Folds, mixed_order
-from sk_ebm._log_normalizer import LogNormalizer, estimate_log_normalizer
+from sk_ebm._log_normalizer import LogNormalizer, estimate_log_normalizer, estimate_log_normalizers
 from sk_ebm._mixture import Mixture, fit_gaussian
 from sk_ebm._model import StackedDensity, TiltedEnsemble
 from sk_ebm._sampler import (
@@ -38,7 +38,16 @@ from sk_ebm._selection import (
 )
 from sk_ebm._stacking import DensityMixture, stacking_shares
 from sk_ebm._support import FeatureMap, fit_feature_map
-from sk_ebm._training import ENDED_BY_USER, MAX_JUDGED_ROWS, Outcome, TrainResult, TrainSettings, fit_flow, train
+from sk_ebm._training import (
+    ENDED_BY_USER,
+    MAX_JUDGED_ROWS,
+    SCALES,
+    Outcome,
+    TrainResult,
+    TrainSettings,
+    fit_flow,
+    train,
+)
 from sk_ebm._types import Density
 
 # A flow that gains less than this (nats) over a Gaussian has learnt nothing a mixture would not have.
@@ -61,7 +70,7 @@ _KINDS: dict[str, tuple[str, ...]] = {
     "flow": ("gaussian",),
 }
 _STACKING_DRAWS = 20_000
-_SCALES = (1.0, 0.75, 0.5, 0.25, 0.0)
+_SCALES = (*SCALES, 0.0)
 _CHUNK = 8192
 _MIN_DRAWS = 2 * _CHUNK
 _MAX_DRAWS = 32 * _CHUNK
@@ -564,7 +573,7 @@ def _stack(
 
 def _member_log_normalizers(model: TiltedEnsemble, pool: Pool) -> list[LogNormalizer]:
     """Estimate log Z (nats) of every member."""
-    return [estimate_log_normalizer(weight, pool.controls) for weight in pool_log_weight(model, pool)]
+    return estimate_log_normalizers(pool_log_weight(model, pool), pool.controls)
 
 
 def _to_float64(candidates: list[Candidate]) -> list[Candidate]:

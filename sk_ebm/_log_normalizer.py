@@ -48,26 +48,37 @@ def estimate_log_normalizer(log_weight: torch.Tensor, controls: torch.Tensor | N
     ----------
     A. Owen, Y. Zhou, "Safe and Effective Importance Sampling", JASA 95(449), 2000.
     """
-    n = log_weight.shape[-1]
-    fraction = float(effective_sample_size(log_weight))
-    if fraction == 0 or n == 1:
-        return LogNormalizer(float(log_weight.cpu().double().amax(-1)), math.inf, fraction)
-    scale = float(log_weight.max())
-    weight = (log_weight.cpu().double() - scale).exp()
-    mean, std_error = _mean_and_std_error(weight, weight.new_empty(n, 0))
+    return estimate_log_normalizers(log_weight.unsqueeze(0), controls)[0]
+
+
+def estimate_log_normalizers(log_weights: torch.Tensor, controls: torch.Tensor | None = None) -> list[LogNormalizer]:
+    """Estimate several log Z as `estimate_log_normalizer` does, from weights (m, n) of the same proposals."""
+    n = log_weights.shape[-1]
+    log_weights = log_weights.cpu().double()
+    largest = log_weights.amax(-1, keepdim=True)
+    # Where no weight is positive there is nothing to regress.
+    weights = (log_weights - largest).exp().nan_to_num(nan=0.0)
+    means, std_errors = _means_and_std_errors(weights, weights.new_empty(n, 0))
     if controls is not None and n > _MIN_DRAWS_PER_CONTROL * len(controls):
-        controlled_mean, controlled_error = _mean_and_std_error(weight, controls.T.to(weight) - 1)
-        if controlled_mean > 0 and controlled_error < std_error:
-            mean, std_error = controlled_mean, controlled_error
-    return LogNormalizer(scale + math.log(mean), std_error / mean, fraction)
+        controlled_means, controlled_errors = _means_and_std_errors(weights, controls.T.to(weights) - 1)
+        is_better = (controlled_means > 0) & (controlled_errors < std_errors)
+        means, std_errors = (
+            torch.where(is_better, controlled, plain)
+            for controlled, plain in ((controlled_means, means), (controlled_errors, std_errors))
+        )
+    fractions = effective_sample_size(log_weights)
+    is_known = (fractions > 0) & (n > 1)
+    values = largest.squeeze(-1) + torch.where(is_known, means, 1.0).log()
+    std_errors = torch.where(is_known, std_errors / means, math.inf)
+    return [LogNormalizer(*of_one) for of_one in torch.stack([values, std_errors, fractions], dim=-1).tolist()]
 
 
-def _mean_and_std_error(weight: torch.Tensor, controls: torch.Tensor) -> tuple[float, float]:
-    """Regress the weights on controls of expectation zero, shape (n, J); return the intercept and its error."""
-    design = torch.cat([torch.ones_like(weight).unsqueeze(-1), controls], dim=-1)
+def _means_and_std_errors(weights: torch.Tensor, controls: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Regress weights (m, n) on controls of expectation zero, (n, J); return the intercepts and their errors, (m,)."""
+    n, n_controls = controls.shape
+    design = torch.cat([controls.new_ones(n, 1), controls], dim=-1)
     # Components that are all but equal differ at a few draws alone, which would decide the fit: their differences are
     # left out, and what they might explain stays in the residuals. Not every driver can do that.
-    coefficients = torch.linalg.lstsq(design, weight.unsqueeze(-1), rcond=_MIN_SINGULAR_VALUE, driver="gelsd").solution
-    residual = weight - (design @ coefficients).squeeze(-1)
-    n, n_fitted = design.shape
-    return float(coefficients[0]), math.sqrt(float(residual.square().sum()) / ((n - n_fitted) * n))
+    coefficients = torch.linalg.lstsq(design, weights.T, rcond=_MIN_SINGULAR_VALUE, driver="gelsd").solution
+    variance = (weights.T - design @ coefficients).square().sum(0) / (n - 1 - n_controls)
+    return coefficients[0], (variance / n).sqrt()

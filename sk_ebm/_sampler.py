@@ -101,7 +101,7 @@ def _evaluate(proposal: DensityMixture, position: torch.Tensor) -> Pool:
 def pool_log_weight(model: TiltedEnsemble, pool: Pool) -> torch.Tensor:
     """Return every member's log importance weights of the pool, shape (K, n)."""
     log_density = [model.log_density(part.position, part.base_log_prob(model)) for part in pool.split()]
-    return _finite_or_zero_weight(torch.cat(log_density, dim=-1) - pool.log_proposal)
+    return finite_or_zero_weight(torch.cat(log_density, dim=-1) - pool.log_proposal)
 
 
 @torch.no_grad()
@@ -111,10 +111,10 @@ def log_weight(density: StackedDensity, pool: Pool) -> torch.Tensor:
         density.log_density(part.position, [part.base_log_prob(ensemble) for ensemble in density.ensembles])
         for part in pool.split()
     ]
-    return _finite_or_zero_weight(torch.cat(log_density) - pool.log_proposal)
+    return finite_or_zero_weight(torch.cat(log_density) - pool.log_proposal)
 
 
-def _finite_or_zero_weight(weight: torch.Tensor) -> torch.Tensor:
+def finite_or_zero_weight(weight: torch.Tensor) -> torch.Tensor:
     """Count a log weight that is no number as weight zero."""
     return torch.where(weight.isfinite(), weight, -math.inf)
 
