@@ -157,9 +157,9 @@ class EBMFlowDensity(Versioned, CallbackSupportMixin, DensityMixin, BaseEstimato
         largest share is that of flows, on which no energies are trained unless `base` is "flow".
     history_ : list of dict
         One entry per validation check: "base", "iteration", "seconds", "train_log_likelihood" and
-        "validation_log_likelihood" (nats per row, mean of the single energies), their "log_normalizer",
-        "effective_sample_size" of the weakest of them, and the "flow_acceptance" and "local_acceptance" of late moves.
-        TrainingDisplay draws it.
+        "validation_log_likelihood" (nats per row, mean of the single energies, scaled down if that suits held-out
+        rows), their "log_normalizer", "effective_sample_size" of the weakest of them, and the "flow_acceptance" and
+        "local_acceptance" of late moves. TrainingDisplay draws it.
     n_iter_ : int
         Most iterations run on any base kept.
     converged_ : bool
