@@ -36,7 +36,7 @@ from sk_ebm._selection import (
     name_of,
     shares_of_parts,
 )
-from sk_ebm._stacking import DensityMixture, stacking_shares
+from sk_ebm._stacking import DensityMixture, mixture_shares, stacking_shares
 from sk_ebm._support import FeatureMap, fit_feature_map
 from sk_ebm._training import (
     ENDED_BY_USER,
@@ -50,13 +50,11 @@ from sk_ebm._training import (
 )
 from sk_ebm._types import Density
 
-# A flow that gains less than this (nats) over a Gaussian has learnt nothing a mixture would not have.
-_MIN_FLOW_GAIN = 0.1
-# Nats by which one flow must lead the energies: a base of flows costs more than all others together.
-_MIN_FLOW_LEAD = 0.02
-# By how much of its own gain a small flow may be behind for a larger one to be tried, and the features from which on:
-# in one or two, energies learn whatever a flow does.
-_MAX_GAIN_OF_SIZE, _MIN_FEATURES_OF_FLOWS = 0.5, 3
+# Nats that a flow must add to the best candidate when both are pooled: a base of flows costs more than all others
+# together. A small one may count so much of its own gain in advance for a larger one to be tried.
+_MIN_FLOW_LEAD, _GAIN_OF_SIZE = 0.05, 0.25
+# In fewer features energies learn whatever a flow does.
+_MIN_FEATURES_OF_FLOWS = 3
 # Steps and patience (checks) of the flow that proposes, and of those that are bases.
 _FLOW_STEPS, _FLOW_PATIENCE = 300, 4
 _BASE_FLOW_STEPS, _BASE_FLOW_PATIENCE, _BASE_FLOW_LAYERS = 1000, 8, 4
@@ -255,7 +253,7 @@ class _Trainer:
     def train_candidates(self, bases: dict[str, Bases]) -> list[Candidate]:
         """Train energies on each base, and on a base of flows when `base` asks for one or it promises to win."""
         flow = self._make_flow()
-        flow_score = self._fit_flow(flow, 0)
+        self._fit_flow(flow, 0)
         candidates: list[Candidate] = []
         asked, likeliest = name_of(self.settings.base), max(bases, key=lambda name: bases[name].score)
         # What fits best first, so that the others have something to catch up with.
@@ -265,7 +263,7 @@ class _Trainer:
             if candidates[-1].result.outcome in ENDED_BY_USER:
                 return candidates
         try:
-            flows = self._flow_bases(flow_score, bases, candidates)
+            flows = self._flow_bases(flow, bases, candidates)
         except KeyboardInterrupt:
             if self.group.size > 1 or not candidates:
                 raise
@@ -291,24 +289,27 @@ class _Trainer:
                 candidates.append(self.train(old.name, old.model, old.flow, settings))
         return candidates
 
-    def _flow_bases(self, flow_score: float, bases: dict[str, Bases], candidates: list[Candidate]) -> list[Density]:
-        """Fit a flow per member if `base` asks for it, or if one on fold 0 promises to beat the best candidate.
+    def _flow_bases(
+        self, small_flow: CouplingFlow, bases: dict[str, Bases], candidates: list[Candidate]
+    ) -> list[Density]:
+        """Fit a flow per member if `base` asks for it, or if one on fold 0 adds enough to the best candidate.
 
-        `flow_score` is that of the flow that proposes, on fold 0. It tells whether a larger one is worth a try.
+        `small_flow` is the one that proposes, fitted on the same rows. It tells whether a larger one is worth a try.
         """
         is_auto = self.settings.base == "auto"
         if self.settings.base != "flow" and not is_auto:
             return []
-        gain_of_size = _MAX_GAIN_OF_SIZE if self.data.rows.shape[1] >= _MIN_FEATURES_OF_FLOWS else 0.0
-        if is_auto and not self._leads(flow_score, bases, candidates, gain_of_size):
+        if is_auto and self.data.rows.shape[1] < _MIN_FEATURES_OF_FLOWS:
+            return []
+        if is_auto and self._lead(small_flow, bases, candidates, _GAIN_OF_SIZE) < _MIN_FLOW_LEAD:
             return []
         flows: list[Density] = []
         for k in range(self.data.n_members):
             self.settings.announce(f"base flow, fitting flow {k + 1} of {self.data.n_members}")
             flow = self._make_flow(n_layers=_BASE_FLOW_LAYERS)
-            score = self._fit_flow(flow, k, max_steps=_BASE_FLOW_STEPS, patience=_BASE_FLOW_PATIENCE)
+            self._fit_flow(flow, k, max_steps=_BASE_FLOW_STEPS, patience=_BASE_FLOW_PATIENCE)
             flows.append(flow)
-            if k == 0 and is_auto and not self._leads(max(score, flow_score), bases, candidates):
+            if k == 0 and is_auto and self._lead(flow, bases, candidates) < _MIN_FLOW_LEAD:
                 return []
         return self._with_tails(flows, bases[HEAVY_TAILED].members) if is_auto else flows
 
@@ -318,28 +319,38 @@ class _Trainer:
         # Decided in one process, or rounding might make them part ways.
         return mix_members(parts, self.group.from_first(lambda: shares_of_parts(parts, self.judged)))
 
-    def _leads(
-        self, flow_score: float, bases: dict[str, Bases], candidates: list[Candidate], more: float = 0.0
-    ) -> bool:
-        """Return whether a flow beats the best candidate on fold 0, or would with so much `more` of its own gain.
+    @torch.no_grad()
+    def _lead(
+        self, flow: Density, bases: dict[str, Bases], candidates: list[Candidate], gain_of_size: float = 0.0
+    ) -> float:
+        """Return the nats per row of fold 0 that a flow adds to the best candidate when both are pooled.
 
-        That gain is measured from the Gaussian. Of a candidate, its base is measured on the same rows, and what the
-        energies add to it on all: folds differ by far more than candidates do where there are outliers.
+        By itself it may be far behind, for a few rows beyond those that it has seen: it knows no tails. Of a candidate,
+        its base is measured on the same rows, and what the energies add to it on all, because folds differ by far more
+        than candidates do where there are outliers. The flow counts so much of its own gain over a Gaussian in advance.
         """
-        on_fold_0 = self.judged._replace(n_members=1)
-        rows = self.judged.rows.cpu().double()
+        is_held_out = (self.judged.fold == 0) & (self.judged.weight > 0)
+        rows, weight = self.judged.rows[is_held_out], self.judged.weight[is_held_out].cpu().double()
 
-        def score_of(name: str) -> float:
-            return on_fold_0.held_out_mean(bases[name].members[0].log_prob(rows).unsqueeze(0).to(self.judged.rows))
+        def mean(log_prob: torch.Tensor) -> float:
+            return float(weight @ log_prob / weight.sum())
 
-        gaussian_score = score_of("gaussian")
-        flow_gain = flow_score - gaussian_score
-        best_gain = max(
-            score_of(c.name) - gaussian_score + c.result.held_out_log_likelihood - bases[c.name].score
+        def log_prob_of(density: Density, rows: torch.Tensor) -> torch.Tensor:
+            return density.log_prob(rows).cpu().double().nan_to_num(nan=-math.inf, neginf=-math.inf)
+
+        of_candidates = [
+            log_prob_of(bases[c.name].members[0], rows.cpu().double())
+            + (c.result.held_out_log_likelihood - bases[c.name].score)
             for c in candidates
-        )
+        ]
+        of_best = max(of_candidates, key=mean)
+        of_flow = log_prob_of(flow, rows)
+        of_gaussian = log_prob_of(bases["gaussian"].members[0], rows.cpu().double())
+        gain = max(0.0, mean(of_flow) - mean(of_gaussian))
+        both = torch.stack([of_flow + gain_of_size * gain, of_best])
+        pooled = (both + mixture_shares(both, weight).log().unsqueeze(-1)).logsumexp(0)
         # Decided in one process, or rounding might make them part ways.
-        return self.group.from_first(lambda: flow_gain * (1 + more) > max(best_gain + _MIN_FLOW_LEAD, _MIN_FLOW_GAIN))
+        return self.group.from_first(lambda: mean(pooled) - mean(of_best))
 
     def train(
         self,

@@ -486,8 +486,8 @@ def test_an_interrupt_before_training_leaves_the_previous_fit(monkeypatch):
     np.testing.assert_array_equal(model.score_samples(X), before)
 
 
-def test_flows_that_lead_join_without_energies_on_top(monkeypatch, capsys):
-    monkeypatch.setattr("sk_ebm._fitting._Trainer._leads", lambda *arguments: True)
+def test_flows_that_add_to_the_pool_join_without_energies_on_top(monkeypatch, capsys):
+    monkeypatch.setattr("sk_ebm._fitting._Trainer._lead", lambda *arguments: 1.0)
     monkeypatch.setattr(
         "sk_ebm._fitting.stacking_shares", lambda held_out, *others: [0.0] * (len(held_out) - 1) + [1.0]
     )
@@ -518,32 +518,40 @@ def test_an_interrupt_while_flows_are_fitted_keeps_what_is_trained(monkeypatch):
         quick(base="flow").fit(X)
 
 
-def test_a_flow_is_measured_on_the_rows_it_was_judged_by():
-    """One row far out makes the Gaussian look bad on fold 0 alone; that is no merit of a flow."""
-    rows = torch.tensor([[0.0], [30.0], [0.0], [0.0]])
-    data = Folds(rows, torch.ones(4), torch.tensor([0, 0, 1, 1]), 2)
-    narrow, wide = (
-        Mixture(torch.zeros(1).double(), torch.zeros(1, 1).double(), torch.full((1, 1, 1), scale).double())
-        for scale in (1.0, 10.0)
-    )
+def test_a_flow_is_worth_what_it_adds_to_the_best_candidate_on_the_rows_it_was_judged_by():
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(400, 1, generator=generator)
+    # A few outliers, on fold 0 alone.
+    rows[:4] = 30.0
+    data = Folds(rows, torch.ones(400), torch.arange(400) // 200, 2)
+
+    def gaussian(scale):
+        mean, scale = torch.zeros(1, 1), torch.full((1, 1, 1), scale)
+        return Mixture(torch.zeros(1).double(), mean.double(), scale.double())
 
     def bases(density):
         log_prob = torch.stack([density.log_prob(rows.double())] * 2)
         return Bases([density] * 2, data.held_out_mean(log_prob))
 
-    of_kind = {"gaussian": bases(narrow), "mixture": bases(wide)}
-    gain_of_energies = 0.1
-    candidates = [
-        Mock(result=Mock(held_out_log_likelihood=of_kind["mixture"].score + gain_of_energies)),
-    ]
-    candidates[0].name = "mixture"
+    of_kind = {"gaussian": bases(gaussian(6.0)), "mixture": bases(gaussian(5.0))}
     trainer = Mock(judged=data, group=ALONE)
-    rival = float(wide.log_prob(rows[:2].double()).mean()) + gain_of_energies
-    assert not _Trainer._leads(trainer, rival - 0.01, of_kind, candidates)
-    assert _Trainer._leads(trainer, rival + 0.03, of_kind, candidates)
-    gain = rival - float(narrow.log_prob(rows[:2].double()).mean())
-    assert _Trainer._leads(trainer, rival - 0.3 * gain, of_kind, candidates, 0.5)
-    assert not _Trainer._leads(trainer, rival - 0.4 * gain, of_kind, candidates, 0.5)
+
+    def lead(flow, gain_of_energies=0.0, gain_of_size=0.0):
+        candidate = Mock(result=Mock(held_out_log_likelihood=of_kind["mixture"].score + gain_of_energies))
+        candidate.name = "mixture"
+        return _Trainer._lead(trainer, flow.float(), of_kind, [candidate], gain_of_size)
+
+    assert abs(lead(gaussian(5.0))) < 1e-4
+    # It knows nearly all rows far better, and yet has the lower likelihood.
+    narrow = gaussian(1.0)
+    on_fold_0 = rows[:200].double()
+    assert narrow.log_prob(on_fold_0).mean() < gaussian(5.0).log_prob(on_fold_0).mean() - 1
+    assert lead(narrow) > 0.5
+    assert lead(narrow, gain_of_energies=0.5) < lead(narrow) - 0.3
+    assert lead(gaussian(5.5), gain_of_size=0.25) > lead(gaussian(5.5)) + 0.001
+    # A flow that overflows on every row adds nothing.
+    narrow.log_prob = lambda z: torch.full((len(z),), torch.nan)
+    assert lead(narrow) == 0
 
 
 class TestCallbacks:
