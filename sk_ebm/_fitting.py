@@ -36,7 +36,7 @@ from sk_ebm._selection import (
     name_of,
     shares_of_parts,
 )
-from sk_ebm._stacking import DensityMixture, mixture_shares, stacking_shares
+from sk_ebm._stacking import DensityMixture, gain_by_chance, mixture_shares, stacking_shares
 from sk_ebm._support import FeatureMap, fit_feature_map
 from sk_ebm._training import (
     ENDED_BY_USER,
@@ -50,8 +50,8 @@ from sk_ebm._training import (
 )
 from sk_ebm._types import Density
 
-# Nats that a flow must add to the best candidate when both are pooled: a base of flows costs more than all others
-# together. A small one may count so much of its own gain in advance for a larger one to be tried.
+# Nats that a flow must add to the best candidate when both are pooled, beyond what chance adds: a base of flows costs
+# more than all others together. A small one may count so much of its own gain in advance for a larger one to be tried.
 _MIN_FLOW_LEAD, _GAIN_OF_SIZE = 0.05, 0.25
 # In fewer features energies learn whatever a flow does.
 _MIN_FEATURES_OF_FLOWS = 3
@@ -301,7 +301,8 @@ class _Trainer:
             return []
         if is_auto and self.data.rows.shape[1] < _MIN_FEATURES_OF_FLOWS:
             return []
-        if is_auto and self._lead(small_flow, bases, candidates, _GAIN_OF_SIZE) < _MIN_FLOW_LEAD:
+        # Where no row tells, the lead is no number.
+        if is_auto and not self._lead(small_flow, bases, candidates, _GAIN_OF_SIZE) >= _MIN_FLOW_LEAD:
             return []
         flows: list[Density] = []
         for k in range(self.data.n_members):
@@ -309,7 +310,7 @@ class _Trainer:
             flow = self._make_flow(n_layers=_BASE_FLOW_LAYERS)
             self._fit_flow(flow, k, max_steps=_BASE_FLOW_STEPS, patience=_BASE_FLOW_PATIENCE)
             flows.append(flow)
-            if k == 0 and is_auto and self._lead(flow, bases, candidates) < _MIN_FLOW_LEAD:
+            if k == 0 and is_auto and not self._lead(flow, bases, candidates) >= _MIN_FLOW_LEAD:
                 return []
         return self._with_tails(flows, bases[HEAVY_TAILED].members) if is_auto else flows
 
@@ -323,7 +324,7 @@ class _Trainer:
     def _lead(
         self, flow: Density, bases: dict[str, Bases], candidates: list[Candidate], gain_of_size: float = 0.0
     ) -> float:
-        """Return the nats per row of fold 0 that a flow adds to the best candidate when both are pooled.
+        """Return what a flow adds to the best candidate when both are pooled, in nats per row of fold 0 beyond chance.
 
         By itself it may be far behind, for a few rows beyond those that it has seen: it knows no tails. Of a candidate,
         its base is measured on the same rows, and what the energies add to it on all, because folds differ by far more
@@ -350,7 +351,7 @@ class _Trainer:
         both = torch.stack([of_flow + gain_of_size * gain, of_best])
         pooled = (both + mixture_shares(both, weight).log().unsqueeze(-1)).logsumexp(0)
         # Decided in one process, or rounding might make them part ways.
-        return self.group.from_first(lambda: mean(pooled) - mean(of_best))
+        return self.group.from_first(lambda: mean(pooled) - mean(of_best) - gain_by_chance(weight))
 
     def train(
         self,

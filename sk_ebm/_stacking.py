@@ -14,9 +14,8 @@ _MAX_SHORTFALL = 1e-6
 # Rows that each density is taken to have before any is seen (Krichevsky and Trofimov): what no held-out row asked for
 # may yet be what a new one needs.
 _PRIOR_COUNT = 0.5
-# Nats that another density must add to the likelihood of all rows together: by chance, one of no use adds as much once
-# in fifty times.
-_MIN_TOTAL_GAIN = 2.0
+# Nats that another density adds to the likelihood of all rows together once in fifty times if it is of no use.
+_TOTAL_GAIN_BY_CHANCE = 2.0
 
 
 class DensityMixture(Density):
@@ -136,6 +135,11 @@ def _effective_count(weight: torch.Tensor) -> float:
     return float(weight.double().sum().square() / weight.double().square().sum())
 
 
+def gain_by_chance(weight: torch.Tensor) -> float:
+    """Return the nats per row that a density of no use seldom adds to a mixture fitted to rows of these weights."""
+    return _TOTAL_GAIN_BY_CHANCE / _effective_count(weight)
+
+
 def stacking_shares(
     held_out: torch.Tensor, weight: torch.Tensor, is_covered: torch.Tensor, is_cheap: torch.Tensor, tol: float
 ) -> list[float]:
@@ -161,7 +165,7 @@ def stacking_shares(
     kept = is_covered.nonzero().flatten().tolist() or list(range(len(held_out)))
     is_held_out = held_out[kept].isfinite().all(0)
     log_density, weight = held_out[:, is_held_out], weight[is_held_out]
-    tol = min(tol, _MIN_TOTAL_GAIN / _effective_count(weight))
+    tol = min(tol, gain_by_chance(weight))
 
     def score(kept: list[int]) -> float:
         log_shares = mixture_shares(log_density[kept], weight).log().unsqueeze(-1)

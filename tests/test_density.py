@@ -541,7 +541,9 @@ def test_a_flow_is_worth_what_it_adds_to_the_best_candidate_on_the_rows_it_was_j
         candidate.name = "mixture"
         return _Trainer._lead(trainer, flow.float(), of_kind, [candidate], gain_of_size)
 
-    assert abs(lead(gaussian(5.0))) < 1e-4
+    # What is of no use has no lead: 200 rows may make it seem some .01 nats better.
+    by_chance = 2 / 200
+    assert abs(lead(gaussian(5.0)) + by_chance) < 1e-4
     # It knows nearly all rows far better, and yet has the lower likelihood.
     narrow = gaussian(1.0)
     on_fold_0 = rows[:200].double()
@@ -551,7 +553,7 @@ def test_a_flow_is_worth_what_it_adds_to_the_best_candidate_on_the_rows_it_was_j
     assert lead(gaussian(5.5), gain_of_size=0.25) > lead(gaussian(5.5)) + 0.001
     # A flow that overflows on every row adds nothing.
     narrow.log_prob = lambda z: torch.full((len(z),), torch.nan)
-    assert lead(narrow) == 0
+    assert abs(lead(narrow) + by_chance) < 1e-6
 
 
 class TestCallbacks:
