@@ -479,12 +479,12 @@ class _Trainer:
 
     def _fit_flow(
         self, flow: CouplingFlow, held_out_fold: int, *, max_steps: int = _FLOW_STEPS, patience: int = _FLOW_PATIENCE
-    ) -> float:
+    ) -> None:
         is_held_out = self.data.fold == held_out_fold
         weight = self.data.weight * ~is_held_out
         gaussian = self._gaussian(held_out_fold)
         flow.start_at(gaussian.means[0].to(self.data.rows), gaussian.scale_trils[0].to(self.data.rows))
-        return fit_flow(
+        fit_flow(
             flow,
             self.data.rows,
             weight,

@@ -89,8 +89,8 @@ class TestClassProportions:
         truth = class_proportions(fitted, label, n_samples=400_000, random_state=99).proportions[1]
         estimates = [class_proportions(fitted, label, n_samples=1000, random_state=seed) for seed in range(400)]
         covered = [abs(e.proportions[1] - truth) < 1.645 * e.std_errors[1] for e in estimates]
-        # Proposals of each component come in fixed numbers, which makes the intervals a little too wide.
-        assert 0.87 <= np.mean(covered) <= 0.96
+        # Three standard errors of 400 trials.
+        assert 0.855 <= np.mean(covered) <= 0.945
 
     def test_seeded_is_equal(self, fitted):
         first, second, third = (
