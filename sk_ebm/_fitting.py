@@ -27,11 +27,11 @@ from sk_ebm._sampler import (
 )
 from sk_ebm._selection import (
     HEAVY_TAILED,
-    MAX_FIT_ROWS,
     Bases,
     FitBase,
     choose_feature_map,
     cross_fit_bases,
+    max_fit_rows,
     mix_members,
     name_of,
     shares_of_parts,
@@ -132,7 +132,7 @@ def fit_model(
     """
     group, share = settings.train.group, settings.train.data_share
     if previous is None:
-        fit_rows = data.sample_of_all(MAX_FIT_ROWS, group, share)
+        fit_rows = data.sample_of_all(max_fit_rows(data.rows.shape[1]), group, share)
         feature_map, bases = group.from_first(lambda: _feature_map_and_bases(fit_rows, settings, generator))
     else:
         feature_map, bases = previous.feature_map, {}
@@ -507,7 +507,7 @@ def _feature_map_and_bases(
     data: Folds, settings: FitSettings, generator: torch.Generator
 ) -> tuple[FeatureMap, dict[str, Bases]]:
     """Resolve the feature map and the bases that cost no gradient training."""
-    data = data.subset(MAX_FIT_ROWS)
+    data = data.subset(max_fit_rows(data.rows.shape[1]))
     rows = data.rows.double()
     data = data.with_rows(rows if settings.bounds is None else settings.bounds(rows)[0])
     kinds = _KINDS[settings.base] if isinstance(settings.base, str) else ("gaussian", settings.base)

@@ -21,6 +21,8 @@ _LOST_COUNT = 1e-3
 _MAX_FEATURE_VALUES = 20_000_000
 # What is held at once for every component of every mixture: few enough values to stay in the cache of a processor.
 _MAX_VALUES = 2**17
+# Rows that starts are compared on: with more of them, what matters is the number of rows that EM ends with.
+MAX_START_ROWS = 8000
 # Pseudo-counts of the prior that pulls every covariance a little towards a sphere: fits stay positive
 # definite with fewer rows than features.
 PRIOR_COUNT = 1.0
@@ -140,7 +142,8 @@ def fit_mixtures(
     prior_count : float
         Rows that the prior of each covariance counts for: the fewer, the narrower a component may become.
     n_runs : int
-        Starts per mixture, of which the likeliest fit is kept: EM has local optima.
+        Starts per mixture, of which the likeliest fit is kept: EM has local optima. With very many rows they are fitted
+        to the first ones, and EM goes on from the likeliest with all.
     tol : float
         EM stops when the mean log-likelihood (nats) of every fit gains less than this.
     labels : tensor of shape (B * n_runs, n), default=None
@@ -150,12 +153,20 @@ def fit_mixtures(
     -------
     list of B Mixture
     """
-    em = _BatchedEM(z, weight.repeat_interleave(n_runs, 0), n_components, covariance_type, prior_count)
+    first, first_weight = z[:MAX_START_ROWS], weight[:, :MAX_START_ROWS]
+    runs = _BatchedEM(first, first_weight.repeat_interleave(n_runs, 0), n_components, covariance_type, prior_count)
     if labels is None:
-        labels = kmeans_labels(z, em.weight, n_components, generator)
-    log_likelihood = em.run(labels, tol)
+        labels = kmeans_labels(first, runs.weight, n_components, generator)
+    runs.start_from(labels[:, :MAX_START_ROWS])
+    log_likelihood = runs.climb(tol)
     best = log_likelihood.reshape(-1, n_runs).argmax(-1) + n_runs * torch.arange(len(weight), device=z.device)
-    return [Mixture(em.log_proportions[b], em.means[b], em.scale_trils[b]) for b in best]
+    parameters = [part[best] for part in (runs.log_proportions, runs.means, runs.scale_trils)]
+    if len(z) > MAX_START_ROWS:
+        em = _BatchedEM(z, weight, n_components, covariance_type, prior_count)
+        em.log_proportions, em.means, em.scale_trils = parameters
+        em.climb(tol)
+        parameters = [em.log_proportions, em.means, em.scale_trils]
+    return [Mixture(*of_one) for of_one in zip(*parameters, strict=True)]
 
 
 class _BatchedEM:
@@ -178,9 +189,12 @@ class _BatchedEM:
         fits_in_memory = len(z) * (len(self.row) + d + 1) <= _MAX_FEATURE_VALUES
         self.all_features = self._features(z) if fits_in_memory else None
 
-    def run(self, labels: torch.Tensor, tol: float) -> torch.Tensor:
-        """Iterate from hard labels (B, n); return the mean log-likelihoods (B,)."""
+    def start_from(self, labels: torch.Tensor) -> None:
+        """Fit each component to the rows of its label, given labels (B, n)."""
         self._maximise(self._moments_of(labels))
+
+    def climb(self, tol: float) -> torch.Tensor:
+        """Iterate from the parameters as they are; return the mean log-likelihoods (B,)."""
         previous = self.z.new_full((len(self.weight),), -math.inf)
         for _ in range(_MAX_ITER):
             moments, log_likelihood = self._expect()

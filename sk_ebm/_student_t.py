@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from sk_ebm._mixture import cholesky
+from sk_ebm._mixture import MAX_START_ROWS, cholesky
 from sk_ebm._types import Density
 
 _MAX_ITER = 200
@@ -56,8 +56,10 @@ class StudentT(Density):
 
 def fit_student_t(z: torch.Tensor, weight: torch.Tensor) -> StudentT:
     """Fit a multivariate Student t by weighted EM, its degrees of freedom by likelihood on a grid."""
-    fits = [_fit_student_t_given_df(z, weight, df) for df in _DF_GRID]
-    return max(fits, key=lambda fit: float((weight * fit.log_prob(z)).sum()))
+    first, first_weight = z[:MAX_START_ROWS], weight[:MAX_START_ROWS]
+    fits = [_fit_student_t_given_df(first, first_weight, df) for df in _DF_GRID]
+    best = max(fits, key=lambda fit: float((first_weight * fit.log_prob(first)).sum()))
+    return best if len(z) <= MAX_START_ROWS else _fit_student_t_given_df(z, weight, best.df)
 
 
 def _fit_student_t_given_df(z: torch.Tensor, weight: torch.Tensor, df: float) -> StudentT:
