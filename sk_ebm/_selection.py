@@ -28,8 +28,8 @@ _MIN_ROWS_PER_COMPONENT = 10
 # Rows, and values in them, that maps and bases are fitted to. A mixture of 48 components may lose .01 nats by having
 # 7000 rows instead of 17 000.
 _MAX_FIT_ROWS, _MAX_FIT_VALUES = 50_000, 1_000_000
-# Rows per member that the size and shape of a mixture are chosen on. Beyond them, fewer members choose, on more rows: how
-# many components and which covariances the rows support depends on how many there are.
+# Rows per member that the size and shape of a mixture are chosen on. Beyond them fewer members choose, on more rows:
+# how many components and which covariances rows support depends on how many there are.
 _MAX_SEARCH_ROWS = 3000
 # Nats by which a Gaussian on normal-score margins may trail the best plain base and still be worth a closer look.
 _HOPELESS = 0.5

@@ -10,6 +10,7 @@ from helpers import global_rng_untouched, integral, normal, seeded
 from scipy import stats
 from sklearn.mixture import GaussianMixture
 
+from sk_ebm import _mixture, _student_t
 from sk_ebm._mixture import COVARIANCE_TYPES, fit_gaussian, fit_mixtures
 from sk_ebm._student_t import fit_student_t
 
@@ -129,6 +130,18 @@ def test_gaussian_is_as_likely_as_the_moments_say():
     assert float(fit("gaussian", z).log_prob(new).mean()) == pytest.approx(
         float(moments.log_prob(new).mean()), abs=0.01
     )
+
+
+@pytest.mark.parametrize("name", [*COVARIANCE_TYPES, "student_t"])
+def test_rows_beyond_those_that_starts_are_compared_on_count_as_much(name, monkeypatch):
+    """The fit to all rows is a fixed point of EM on all of them, from wherever it started."""
+    z, n_few = (student_t_rows(3, 2000, 2), 300) if name == "student_t" else (clusters(2000), 60)
+    of_all = float(fit(name, z).log_prob(z).mean())
+    for module in (_mixture, _student_t):
+        monkeypatch.setattr(module, "MAX_START_ROWS", n_few)
+    continued, of_few = (float(fit(name, rows).log_prob(z).mean()) for rows in (z, z[:n_few]))
+    assert continued == pytest.approx(of_all, abs=0.002)
+    assert continued > of_few + 0.001
 
 
 def test_tied_types_share_one_covariance_and_the_others_do_not():

@@ -5,6 +5,7 @@ import pytest
 import torch
 from sklearn.mixture import GaussianMixture
 
+from sk_ebm import _selection
 from sk_ebm._folds import Folds
 from sk_ebm._mixture import fit_gaussian, mixture_of_mixtures
 from sk_ebm._selection import (
@@ -12,6 +13,7 @@ from sk_ebm._selection import (
     choose_feature_map,
     cross_fit,
     cross_fit_bases,
+    max_fit_rows,
     mix_members,
     shares_of_parts,
 )
@@ -136,6 +138,30 @@ def test_mixture_is_about_as_good_as_a_tuned_one(rng, generator):
     ours = torch.stack([member.log_prob(z) + log_det for member in members]).exp().mean(0).log().mean()
     reference = GaussianMixture(3, covariance_type="tied", random_state=0).fit(X[:400])
     assert float(ours) > reference.score(X[400:]) - 0.05
+
+
+def test_many_rows_are_all_searched_by_fewer_members(rng, generator, monkeypatch):
+    """Ten clusters of 20 rows are more than 50 rows show, and one member sees them all."""
+    X = rng.normal(size=(200, 2)) + 20 * np.arange(10)[np.arange(200) // 4 % 10, None] * [1, -1]
+    fitted_to = []
+    original = _selection.fit_mixtures
+
+    def spy(z, weight, n_components, **options):
+        fitted_to.append((*weight.shape, n_components))
+        return original(z, weight, n_components, **options)
+
+    monkeypatch.setattr(_selection, "fit_mixtures", spy)
+    monkeypatch.setattr(_selection, "_MAX_SEARCH_ROWS", 50)
+    best = best_base(folds(X), generator)
+    assert best == "mixture"
+    *search, (n_members, n_rows, n_components) = fitted_to
+    assert {(b, n) for b, n, _ in search} == {(1, 200)}
+    assert (n_members, n_rows) == (4, 200) and n_components >= 8
+
+
+@pytest.mark.parametrize("n_features, n_rows", [(1, 50_000), (20, 50_000), (50, 20_000), (784, 8000)])
+def test_bases_see_as_many_rows_as_time_and_memory_allow(n_features, n_rows):
+    assert max_fit_rows(n_features) == n_rows
 
 
 @pytest.mark.parametrize("shape", ["skewed", "plain"])
