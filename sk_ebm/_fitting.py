@@ -507,7 +507,6 @@ def _feature_map_and_bases(
     data: Folds, settings: FitSettings, generator: torch.Generator
 ) -> tuple[FeatureMap, dict[str, Bases]]:
     """Resolve the feature map and the bases that cost no gradient training."""
-    data = data.subset(max_fit_rows(data.rows.shape[1]))
     rows = data.rows.double()
     data = data.with_rows(rows if settings.bounds is None else settings.bounds(rows)[0])
     kinds = _KINDS[settings.base] if isinstance(settings.base, str) else ("gaussian", settings.base)

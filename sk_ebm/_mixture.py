@@ -147,7 +147,8 @@ def fit_mixtures(
     tol : float
         EM stops when the mean log-likelihood (nats) of every fit gains less than this.
     labels : tensor of shape (B * n_runs, n), default=None
-        Components of the rows to start from, as `kmeans_labels` finds them; None finds them here.
+        Components of the rows to start from, of the first `MAX_START_ROWS` if there are more, as `kmeans_labels` finds
+        them; None finds them here.
 
     Returns
     -------
@@ -157,7 +158,7 @@ def fit_mixtures(
     runs = _BatchedEM(first, first_weight.repeat_interleave(n_runs, 0), n_components, covariance_type, prior_count)
     if labels is None:
         labels = kmeans_labels(first, runs.weight, n_components, generator)
-    runs.start_from(labels[:, :MAX_START_ROWS])
+    runs.start_from(labels)
     log_likelihood = runs.climb(tol)
     best = log_likelihood.reshape(-1, n_runs).argmax(-1) + n_runs * torch.arange(len(weight), device=z.device)
     parameters = [part[best] for part in (runs.log_proportions, runs.means, runs.scale_trils)]

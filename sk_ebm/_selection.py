@@ -237,6 +237,7 @@ def _cross_fit_best_mixture(data: Folds, shapes: Sequence[_MixtureSettings], gen
     train_weight, held_out_weight = sample.train_weight()[judges], sample.held_out_weight()[judges]
     is_held_out = held_out_weight > 0
     weight = held_out_weight[is_held_out]
+    first, first_weight = sample.rows[:MAX_START_ROWS], train_weight[:, :MAX_START_ROWS]
     # With few features EM is cheap and its likelihood is bumpy in the number of components; with many, neither.
     patience = 5 if data.rows.shape[1] <= 3 else 2
     tried: list[tuple[_MixtureSettings, torch.Tensor]] = []
@@ -248,7 +249,7 @@ def _cross_fit_best_mixture(data: Folds, shapes: Sequence[_MixtureSettings], gen
             settings = shape._replace(n_components=n_components)
             start = id(shape.frame), n_components
             if start not in labels:
-                labels[start] = kmeans_labels(sample.rows @ shape.frame, train_weight, n_components, generator)
+                labels[start] = kmeans_labels(first @ shape.frame, first_weight, n_components, generator)
             members = settings.fit(sample.rows, train_weight, generator, tol=1e-3, labels=labels[start])
             held_out = _member_log_prob(members, sample.rows)[is_held_out]
             tried.append((settings, held_out))
