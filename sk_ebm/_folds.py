@@ -1,4 +1,4 @@
-"""Rows, weights and folds: who trains on which row, and who is judged by it."""
+"""Rows, weights and folds: who trains on which row, who is judged by it, and batches of rows."""
 
 from typing import NamedTuple
 
@@ -47,6 +47,31 @@ class Folds(NamedTuple):
         order, device = mixed_order(len(rows)), self.rows.device
         weight = weight * (len(weight) / weight.sum())
         return Folds(rows[order].to(device), weight[order].to(device), fold[order].to(device), self.n_members)
+
+
+class Batches:
+    """Draws row numbers in proportion to weights (n,), in a time that does not depend on n.
+
+    `torch.multinomial` looks at all weights for every batch, and takes 2^24 of them at most.
+    """
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self.rows = weight.nonzero().squeeze(-1)
+        weight = weight[self.rows]
+        self.cumulative = None if bool((weight == weight[0]).all()) else weight.cpu().double().cumsum(0)
+        if self.cumulative is not None:
+            ends = self.cumulative / self.cumulative[-1]
+            # Some devices know no double precision.
+            self.cumulative = ends.to(weight.device, torch.float32 if weight.device.type == "mps" else torch.float64)
+
+    def draw(self, n_picked: int, generator: torch.Generator) -> torch.Tensor:
+        """Return the numbers of rows drawn with replacement, shape (n_picked,)."""
+        if self.cumulative is None:
+            picks = torch.randint(len(self.rows), (n_picked,), generator=generator, device=self.rows.device)
+        else:
+            uniform = torch.rand(n_picked, generator=generator, device=self.rows.device, dtype=self.cumulative.dtype)
+            picks = torch.searchsorted(self.cumulative, uniform, right=True).clamp(max=len(self.rows) - 1)
+        return self.rows[picks]
 
 
 def mixed_order(n_rows: int) -> torch.Tensor:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from sk_ebm._folds import Folds
+from sk_ebm._folds import Batches, Folds
 from sk_ebm._log_normalizer import estimate_log_normalizers
 from sk_ebm._model import TiltedEnsemble
 from sk_ebm._parallel import ALONE, Group
@@ -254,7 +254,7 @@ class _TrainState:
         self.started = time.perf_counter()
         self.average = model.frozen_copy()
         self.is_trained_on = (data.train_weight() > 0).to(data.rows.dtype)
-        self.has_equal_weights = bool((data.weight == data.weight[0]).all())
+        self.batches = Batches(data.weight)
         self.judged = data.sample_of_all(MAX_JUDGED_ROWS, settings.group, settings.data_share)
         self.base_log_prob = model.base_log_prob(self.judged.rows)
         self.energy_parameters = [p for p in model.energies.parameters() if p.requires_grad]
@@ -293,8 +293,11 @@ class _TrainState:
         n_data = self.settings.batch_size
         for _ in range(self.settings.steps_per_iter):
             self._set_learning_rate()
-            rows = self._random_data_rows(n_data)
-            chains = self._random_rows(self.chains.position.shape[1], self.settings.n_negative)
+            rows = self.batches.draw(n_data, self.generator)
+            n_chains = self.chains.position.shape[1]
+            chains = torch.randint(
+                n_chains, (self.settings.n_negative,), generator=self.generator, device=self.data.rows.device
+            )
             weight = self.is_trained_on[:, rows]
             positive = self.data.rows[rows].expand(len(self.model), -1, -1)
             energy = self.model.energy(torch.cat([positive, self.chains.position[:, chains]], dim=1))
@@ -308,15 +311,6 @@ class _TrainState:
             _descend(loss, self.energy_optimizer, self.energy_parameters, self.settings.group)
             self._update_average()
 
-    def _random_data_rows(self, n_picked: int) -> torch.Tensor:
-        """Draw rows in proportion to their weights."""
-        if self.has_equal_weights:
-            return self._random_rows(len(self.data.rows), n_picked)
-        return torch.multinomial(self.data.weight, n_picked, replacement=True, generator=self.generator)
-
-    def _random_rows(self, n_rows: int, n_picked: int) -> torch.Tensor:
-        return torch.randint(n_rows, (n_picked,), generator=self.generator, device=self.data.rows.device)
-
     def back_off(self, best: TiltedEnsemble) -> None:
         """Return to the best energies at half the learning rate: the energy ran away from its sampler."""
         for target in (self.model, self.average):
@@ -329,7 +323,7 @@ class _TrainState:
         chains = self.chains.position.flatten(0, 1)
         n_data = max(1, int(_DATA_SHARE_OF_FLOW_BATCH * self.settings.batch_size))
         for _ in range(self.settings.n_flow_steps):
-            rows = self._random_data_rows(n_data)
+            rows = self.batches.draw(n_data, self.generator)
             picks = torch.randint(
                 len(chains),
                 (self.settings.batch_size - n_data,),
@@ -422,6 +416,7 @@ def fit_flow(
     optimizer = torch.optim.AdamW(flow.parameters(), lr=_FLOW_FIT_LEARNING_RATE, weight_decay=1e-4, fused=True)
     held_out = held_out_weight > 0
     z_held_out, weight_held_out = z[held_out][:4096], held_out_weight[held_out][:4096]
+    batches = Batches(weight)
     best_score, best, stale = -math.inf, copy.deepcopy(flow.state_dict()), 0
     for step in range(max_steps + 1):
         if step % _FLOW_CHECK_EVERY == 0:
@@ -437,8 +432,7 @@ def fit_flow(
         for parameters in optimizer.param_groups:
             warm_up, progress = min(1.0, (step + 1) / _FLOW_CHECK_EVERY), step / max(max_steps, 1)
             parameters["lr"] = _FLOW_FIT_LEARNING_RATE * warm_up * 0.5 * (1 + math.cos(math.pi * progress))
-        rows = torch.multinomial(weight, batch_size, replacement=True, generator=generator)
-        loss = -data_share * flow.log_prob(z[rows]).mean()
+        loss = -data_share * flow.log_prob(z[batches.draw(batch_size, generator)]).mean()
         _descend(loss, optimizer, list(flow.parameters()), group)
     flow.load_state_dict(best)
     return best_score
