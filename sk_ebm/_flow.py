@@ -1,17 +1,17 @@
-"""Normalizing flows: the one place that knows normflows, and mends its dtype, generator and 1-feature limits."""
+"""Normalizing flows: the one place that knows normflows, and mends its speed, generator and 1-feature limits."""
 
-import copy
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from normflows.flows import AffineCouplingBlock, CoupledRationalQuadraticSpline, LULinearPermute
-from normflows.flows.neural_spline.coupling import PiecewiseRationalQuadraticCDF
-from normflows.nets import MLP
-from normflows.utils.splines import DEFAULT_MIN_DERIVATIVE, rational_quadratic_spline
+from normflows.flows.neural_spline.coupling import PiecewiseRationalQuadraticCDF, PiecewiseRationalQuadraticCoupling
+from normflows.nets import MLP, ResidualNet
+from normflows.utils.splines import DEFAULT_MIN_DERIVATIVE
 from torch import nn
 
+from sk_ebm._spline import Splines, evaluate_splines, splines_of
 from sk_ebm._types import Density, ModuleList
 
 _N_BINS = 8
@@ -58,8 +58,7 @@ class CouplingFlow(Density):
         z = (z - self.mean) @ self.whitener.T
         log_det = self.whitener.diagonal().log().sum().expand(len(z))
         for layer in reversed(self.layers):
-            is_spline = isinstance(layer, CoupledRationalQuadraticSpline)
-            z, log_det_layer = _inverse_of_splines(layer, z) if is_spline else _call(layer, "inverse", z)
+            z, log_det_layer = _pass(layer, z, to_noise=True)
             log_det = log_det + log_det_layer
         return _standard_normal_log_prob(z) + log_det
 
@@ -69,7 +68,7 @@ class CouplingFlow(Density):
         z = torch.randn(n_samples, self.n_features, generator=generator, device=like.device, dtype=like.dtype)
         log_prob = _standard_normal_log_prob(z)
         for layer in self.layers:
-            z, log_det_layer = _call(layer, "forward", z)
+            z, log_det_layer = _pass(layer, z, to_noise=False)
             log_prob = log_prob - log_det_layer
         log_prob = log_prob + self.whitener.diagonal().log().sum()
         return self.mean + z @ self.scale_tril.T, log_prob
@@ -149,46 +148,45 @@ def _spline_layer(n_features: int, hidden_units: int, *, reverse_mask: bool) -> 
     return layer
 
 
-def _inverse_of_splines(layer: CoupledRationalQuadraticSpline, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Do what `layer.inverse` does in two thirds of the time.
-
-    The layer calls one spline for the features that it keeps as its condition and one for the others, each on those
-    values alone that are within the bound. Here one spline does it all, and values outside are masked.
-    """
-    coupling = layer.prqct
-    kept, moved, network = coupling.identity_features, coupling.transform_features, coupling.transform_net
-    condition = z[:, kept]
-    of_moved = network(condition).unflatten(-1, (len(moved), -1))
-    sizes, derivatives = of_moved.split([2 * _N_BINS, _N_BINS - 1], dim=-1)
-    of_moved = torch.cat([sizes / math.sqrt(network.hidden_features), derivatives], dim=-1)
-    spline = coupling.unconditional_transform
-    of_kept = [spline.unnormalized_widths, spline.unnormalized_heights, spline.unnormalized_derivatives]
-    parameters = torch.cat([torch.cat(of_kept, dim=-1).expand(len(z), -1, -1), of_moved], dim=1)
-    widths, heights, derivatives = parameters.split([_N_BINS, _N_BINS, _N_BINS - 1], dim=-1)
-    x = torch.cat([condition, z[:, moved]], dim=1)
-    # What is no number is outside too.
-    is_inside = x.abs() <= _TAIL_BOUND
-    out, log_det = rational_quadratic_spline(
-        torch.where(is_inside, x, 0.0),
-        widths,
-        heights,
-        nn.functional.pad(derivatives, (1, 1), value=_IDENTITY_DERIVATIVE),
-        left=-_TAIL_BOUND,
-        right=_TAIL_BOUND,
-        bottom=-_TAIL_BOUND,
-        top=_TAIL_BOUND,
-    )
-    out, log_det = torch.where(is_inside, out, x), torch.where(is_inside, log_det, 0.0)
-    return out[:, torch.cat([kept, moved]).argsort()], log_det.sum(1)
+def _pass(layer: Any, z: torch.Tensor, *, to_noise: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pass rows (n, d) through a layer; also return the log |det| (nats) of each."""
+    if isinstance(layer, CoupledRationalQuadraticSpline):
+        return _pass_coupled_splines(layer.prqct, z, to_noise=to_noise)
+    if isinstance(layer, PiecewiseRationalQuadraticCDF):
+        out, log_slope = evaluate_splines(_own_splines(layer).expand(len(z)), z.T, inverse=to_noise)
+        return out.T, log_slope.sum(0)
+    passed: tuple[torch.Tensor, torch.Tensor] = layer.inverse(z) if to_noise else layer(z)
+    return passed
 
 
-def _call(layer: nn.Module, direction: str, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    try:
-        return getattr(layer, direction)(z)
-    except AssertionError:
-        # normflows asserts that a discriminant is not negative, which float32 cannot promise.
-        out, log_det = getattr(copy.deepcopy(layer).double(), direction)(z.double())
-        return out.to(z), log_det.to(z)
+def _pass_coupled_splines(
+    coupling: PiecewiseRationalQuadraticCoupling, z: torch.Tensor, *, to_noise: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Send some features through splines of their own, and the others through splines that depend on the former."""
+    kept, moved = coupling.identity_features, coupling.transform_features
+    features = torch.cat([kept, moved])
+    of_kept = _own_splines(coupling.unconditional_transform).expand(len(z))
+    if to_noise:
+        # All at once: what costs is the number of operations.
+        of_all = of_kept.followed_by(_conditional_splines(coupling.transform_net, z[:, kept]))
+        out, log_slope = evaluate_splines(of_all, z.T[features])
+    else:
+        out_kept, log_slope_kept = evaluate_splines(of_kept, z.T[kept], inverse=True)
+        of_moved = _conditional_splines(coupling.transform_net, out_kept.T)
+        out_moved, log_slope_moved = evaluate_splines(of_moved, z.T[moved], inverse=True)
+        out, log_slope = torch.cat([out_kept, out_moved]), torch.cat([log_slope_kept, log_slope_moved])
+    return out[features.argsort()].T, log_slope.sum(0)
+
+
+def _own_splines(layer: PiecewiseRationalQuadraticCDF) -> Splines:
+    parts = [layer.unnormalized_widths, layer.unnormalized_heights, layer.unnormalized_derivatives]
+    return splines_of(torch.cat(parts, dim=1).unsqueeze(-1), _TAIL_BOUND)
+
+
+def _conditional_splines(network: ResidualNet, condition: torch.Tensor) -> Splines:
+    parameters = network(condition).T.unflatten(0, (-1, 3 * _N_BINS - 1))
+    sizes, slopes = parameters.tensor_split([2 * _N_BINS], dim=1)
+    return splines_of(torch.cat([sizes / math.sqrt(network.hidden_features), slopes], dim=1), _TAIL_BOUND)
 
 
 def _standard_normal_log_prob(z: torch.Tensor) -> torch.Tensor:
