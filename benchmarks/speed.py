@@ -115,7 +115,7 @@ def print_fitting(sizes: list[int]) -> None:
 
 STEPS = {
     "_feature_map_and_bases": "feature map and bases",
-    "_fit_flow": "flow, before the energies",
+    "_fit_flows": "flow, before the energies",
     "energy_steps": "gradient steps of the energies",
     "move_chains": "moves of the chains",
     "propose": "proposals",

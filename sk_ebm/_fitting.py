@@ -14,6 +14,7 @@ from torch import nn
 from sk_ebm._bounds import BoundsMap
 from sk_ebm._energy import WhitenedEnergies
 from sk_ebm._flow import CouplingFlow
+from sk_ebm._flow_fitting import fit_flows
 from sk_ebm._folds import Folds, mixed_order
 from sk_ebm._log_normalizer import LogNormalizer, estimate_log_normalizer, estimate_log_normalizers
 from sk_ebm._mixture import Mixture, fit_gaussian
@@ -45,7 +46,6 @@ from sk_ebm._training import (
     Outcome,
     TrainResult,
     TrainSettings,
-    fit_flow,
     train,
 )
 from sk_ebm._types import Density
@@ -253,7 +253,7 @@ class _Trainer:
     def train_candidates(self, bases: dict[str, Bases]) -> list[Candidate]:
         """Train energies on each base, and on a base of flows when `base` asks for one or it promises to win."""
         flow = self._make_flow()
-        self._fit_flow(flow, 0)
+        self._fit_flows([flow], [0])
         candidates: list[Candidate] = []
         asked, likeliest = name_of(self.settings.base), max(bases, key=lambda name: bases[name].score)
         # What fits best first, so that the others have something to catch up with.
@@ -291,7 +291,7 @@ class _Trainer:
 
     def _flow_bases(
         self, small_flow: CouplingFlow, bases: dict[str, Bases], candidates: list[Candidate]
-    ) -> list[Density]:
+    ) -> Sequence[Density]:
         """Fit a flow per member if `base` asks for it, or if one on fold 0 adds enough to the best candidate.
 
         `small_flow` is the one that proposes, fitted on the same rows. It tells whether a larger one is worth a try.
@@ -304,17 +304,16 @@ class _Trainer:
         # Where no row tells, the lead is no number.
         if is_auto and not self._lead(small_flow, bases, candidates, _GAIN_OF_SIZE) >= _MIN_FLOW_LEAD:
             return []
-        flows: list[Density] = []
-        for k in range(self.data.n_members):
-            self.settings.announce(f"base flow, fitting flow {k + 1} of {self.data.n_members}")
-            flow = self._make_flow(n_layers=_BASE_FLOW_LAYERS)
-            self._fit_flow(flow, k, max_steps=_BASE_FLOW_STEPS, patience=_BASE_FLOW_PATIENCE)
-            flows.append(flow)
-            if k == 0 and is_auto and not self._lead(flow, bases, candidates) >= _MIN_FLOW_LEAD:
+        members = list(range(self.data.n_members))
+        flows = [self._make_flow(n_layers=_BASE_FLOW_LAYERS) for _ in members]
+        for part in filter(None, [members[:1], members[1:]] if is_auto else [members]):
+            self.settings.announce(f"base flow, fitting {len(part)} of {len(members)} flows")
+            self._fit_flows([flows[k] for k in part], part, max_steps=_BASE_FLOW_STEPS, patience=_BASE_FLOW_PATIENCE)
+            if is_auto and part == [0] and not self._lead(flows[0], bases, candidates) >= _MIN_FLOW_LEAD:
                 return []
         return self._with_tails(flows, bases[HEAVY_TAILED].members) if is_auto else flows
 
-    def _with_tails(self, flows: list[Density], bases: list[Density]) -> list[Density]:
+    def _with_tails(self, flows: Sequence[Density], bases: list[Density]) -> list[Density]:
         """Mix each flow with the base of its member: beyond the rows that it has seen, a flow knows no tails."""
         parts = [flows, [copy.deepcopy(base).to(self.judged.rows) for base in bases]]
         # Decided in one process, or rounding might make them part ways.
@@ -461,7 +460,7 @@ class _Trainer:
         is_covered = torch.tensor([estimate.effective_sample_size >= least for estimate in estimates])
         return torch.tensor([estimate.value for estimate in estimates]).to(self.data.rows), is_covered
 
-    def _start(self, name: str, bases: list[Density], flow: Density, rival_score: float = -math.inf) -> Candidate:
+    def _start(self, name: str, bases: Sequence[Density], flow: Density, rival_score: float = -math.inf) -> Candidate:
         with seeded_modules(self.generator):
             energies = self.settings.make_energies(len(bases), self.data.rows.shape[1])
         _check_energies(energies, self.data.rows[:2].cpu())
@@ -477,17 +476,22 @@ class _Trainer:
     def _in_user_units(self, check: dict[str, float]) -> dict[str, float]:
         return {k: v + self.log_det if k.endswith("log_likelihood") else v for k, v in check.items()}
 
-    def _fit_flow(
-        self, flow: CouplingFlow, held_out_fold: int, *, max_steps: int = _FLOW_STEPS, patience: int = _FLOW_PATIENCE
+    def _fit_flows(
+        self,
+        flows: list[CouplingFlow],
+        held_out_folds: list[int],
+        *,
+        max_steps: int = _FLOW_STEPS,
+        patience: int = _FLOW_PATIENCE,
     ) -> None:
-        is_held_out = self.data.fold == held_out_fold
-        weight = self.data.weight * ~is_held_out
-        gaussian = self._gaussian(held_out_fold)
-        flow.start_at(gaussian.means[0].to(self.data.rows), gaussian.scale_trils[0].to(self.data.rows))
-        fit_flow(
-            flow,
+        is_held_out = torch.stack([self.data.fold == fold for fold in held_out_folds])
+        for flow, fold in zip(flows, held_out_folds, strict=True):
+            gaussian = self._gaussian(fold)
+            flow.start_at(gaussian.means[0].to(self.data.rows), gaussian.scale_trils[0].to(self.data.rows))
+        fit_flows(
+            flows,
             self.data.rows,
-            weight,
+            self.data.weight * ~is_held_out,
             self.data.weight * is_held_out,
             max_steps=min(max_steps, self.settings.train.max_iter * self.settings.train.steps_per_iter),
             batch_size=self.settings.train.batch_size,

@@ -155,6 +155,13 @@ def _pass(layer: Any, z: torch.Tensor, *, to_noise: bool) -> tuple[torch.Tensor,
     if isinstance(layer, PiecewiseRationalQuadraticCDF):
         out, log_slope = evaluate_splines(_own_splines(layer).expand(len(z)), z.T, inverse=to_noise)
         return out.T, log_slope.sum(0)
+    if isinstance(layer, AffineCouplingBlock):
+        # The block adds in place to zeros, which several flows side by side cannot share.
+        log_det = z.new_zeros(len(z))
+        for part in reversed(layer.flows) if to_noise else layer.flows:
+            z, log_det_part = part.inverse(z) if to_noise else part(z)
+            log_det = log_det + log_det_part
+        return z, log_det
     passed: tuple[torch.Tensor, torch.Tensor] = layer.inverse(z) if to_noise else layer(z)
     return passed
 

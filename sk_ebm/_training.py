@@ -28,8 +28,6 @@ from sk_ebm._types import Density
 
 Report = Callable[[dict[str, float], Callable[[], tuple[TiltedEnsemble, Density]]], bool]
 
-_FLOW_FIT_LEARNING_RATE = 5e-3
-_FLOW_CHECK_EVERY = 25
 _FLOW_LEARNING_RATE = 2e-3
 _DATA_SHARE_OF_FLOW_BATCH = 0.25
 _WEIGHT_AVERAGE_DECAY = 0.99
@@ -391,51 +389,6 @@ class _TrainState:
         decay = min(_WEIGHT_AVERAGE_DECAY, self.n_energy_steps / (self.n_energy_steps + 10))
         average: list[torch.Tensor] = list(self.average.energies.parameters())
         torch._foreach_lerp_(average, list(self.model.energies.parameters()), 1 - decay)
-
-
-def fit_flow(
-    flow: Density,
-    z: torch.Tensor,
-    weight: torch.Tensor,
-    held_out_weight: torch.Tensor,
-    *,
-    max_steps: int,
-    batch_size: int,
-    generator: torch.Generator,
-    patience: int = 4,
-    group: Group = ALONE,
-    data_share: float = 1.0,
-) -> float:
-    """Fit a flow to weighted rows by maximum likelihood, stop when the held-out rows say so, restore the best.
-
-    Returns
-    -------
-    float
-        Best held-out log-likelihood per row (nats).
-    """
-    optimizer = torch.optim.AdamW(flow.parameters(), lr=_FLOW_FIT_LEARNING_RATE, weight_decay=1e-4, fused=True)
-    held_out = held_out_weight > 0
-    z_held_out, weight_held_out = z[held_out][:4096], held_out_weight[held_out][:4096]
-    batches = Batches(weight)
-    best_score, best, stale = -math.inf, copy.deepcopy(flow.state_dict()), 0
-    for step in range(max_steps + 1):
-        if step % _FLOW_CHECK_EVERY == 0:
-            with torch.no_grad():
-                mine = float((weight_held_out * flow.log_prob(z_held_out)).sum() / weight_held_out.sum())
-                score = sum(group.gather(data_share * mine)) / group.size
-            if score > best_score:
-                best_score, best, stale = score, copy.deepcopy(flow.state_dict()), 0
-            else:
-                stale += 1
-            if stale >= patience or not math.isfinite(score):
-                break
-        for parameters in optimizer.param_groups:
-            warm_up, progress = min(1.0, (step + 1) / _FLOW_CHECK_EVERY), step / max(max_steps, 1)
-            parameters["lr"] = _FLOW_FIT_LEARNING_RATE * warm_up * 0.5 * (1 + math.cos(math.pi * progress))
-        loss = -data_share * flow.log_prob(z[batches.draw(batch_size, generator)]).mean()
-        _descend(loss, optimizer, list(flow.parameters()), group)
-    flow.load_state_dict(best)
-    return best_score
 
 
 def _descend(

@@ -41,6 +41,12 @@ def two_clusters(n_samples, n_features, seed=0):
     return 10.0 + 2.0 * (center + rng.normal(size=(n_samples, n_features)))
 
 
+@pytest.fixture(scope="module")
+def tilted():
+    """Model whose energies add to its bases."""
+    return quick(base="gaussian", max_iter=30).fit(two_clusters(300, 2))
+
+
 def integral(model, low, high, n_features):
     """Integrate the density over a cube by the midpoint rule."""
     n = 4000 if n_features == 1 else 300
@@ -145,7 +151,8 @@ def test_heavy_tails_choose_a_heavy_tailed_base():
 
 def test_bases_that_no_energy_tilts_propose_perfectly():
     X = np.random.default_rng(0).normal(size=(200, 3))
-    model = quick(base="gaussian", n_iter_no_change=1).fit(X)
+    # What energies add is never worth a thousand nats per row.
+    model = quick(base="gaussian", tol=1000.0).fit(X)
     assert all(ensemble.is_flat for ensemble in model.density_.ensembles)
     assert model.effective_sample_size_ == pytest.approx(1)
     assert model.log_normalizer_ == pytest.approx(0, abs=1e-9)
@@ -307,19 +314,19 @@ class NarrowEnergy(nn.Module):
         return 0.5 * z.square().sum(-1) + self.shift
 
 
-def test_energies_are_scaled_to_what_held_out_rows_ask_for():
+def test_energies_are_scaled_to_what_held_out_rows_ask_for(tilted):
     X = np.random.default_rng(0).normal(size=(300, 2))
     wrong = quick(base="gaussian", energy=NarrowEnergy, max_iter=1, early_stopping=False).fit(X)
     assert wrong.base_["scales"]["gaussian"] == [0.0] * len(wrong.density_.ensembles[0])
-    right = quick(base="gaussian", max_iter=30).fit(two_clusters(300, 2))
-    assert right.base_["scales"]["gaussian"] == [1.0] * len(right.density_.ensembles[0])
-    assert right.density_.ensembles[0].log_normalizers.abs().max() > 0.1
+    assert tilted.base_["scales"]["gaussian"] == [1.0] * len(tilted.density_.ensembles[0])
+    assert tilted.density_.ensembles[0].log_normalizers.abs().max() > 0.1
 
 
 def test_held_out_rows_do_not_flatter_a_base_of_flows():
     # The coordinates in which flows work are whitened by all rows, which tells much about 30 features of 90 rows.
     X = np.random.default_rng(0).normal(size=(1090, 30))
-    model = quick(base="flow").fit(X[:90])
+    # One iteration is enough: it is where flows start that flattered them.
+    model = quick(base="flow", max_iter=1).fit(X[:90])
     assert model.base_["validation_log_likelihood"] < model.score_samples(X[90:]).mean() + 1
 
 
@@ -406,9 +413,9 @@ def test_warm_start_with_too_few_rows_says_so():
         model.fit(two_clusters(60, 2)[:3])
 
 
-def test_few_importance_draws_have_mean_weight_one():
-    model = quick().fit(two_clusters(60, 2))
-    weight = np.concatenate([model.importance_sample(3, random_state=seed)[1] for seed in range(700)])
+def test_few_importance_draws_have_mean_weight_one(tilted):
+    weight = np.concatenate([tilted.importance_sample(3, random_state=seed)[1] for seed in range(300)])
+    assert weight.std() > 0.1
     assert abs(weight.mean() - 1) < 4 * weight.std() / np.sqrt(len(weight))
 
 
@@ -425,7 +432,7 @@ def test_warm_start_goes_on_from_the_previous_fit():
     check = model.set_params(max_iter=5).fit(X).history_[0]
     assert model.feature_map_ is feature_map
     assert check["validation_log_likelihood"] == pytest.approx(last, abs=0.05)
-    assert check["train_log_likelihood"] > quick().fit(X).history_[0]["train_log_likelihood"] + 0.2
+    assert check["train_log_likelihood"] > quick().fit(X).history_[0]["train_log_likelihood"] + 0.1
     with pytest.raises(ValueError, match="features"):
         model.fit(X[:, :1])
     with pytest.raises(ValueError, match="n_estimators changed"):
@@ -480,7 +487,7 @@ def test_an_interrupt_before_training_leaves_the_previous_fit(monkeypatch):
     X = two_clusters(60, 2)
     model = quick().fit(X)
     before = model.score_samples(X)
-    monkeypatch.setattr("sk_ebm._fitting.fit_flow", Mock(side_effect=KeyboardInterrupt))
+    monkeypatch.setattr("sk_ebm._fitting.fit_flows", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         model.fit(X[:40])
     np.testing.assert_array_equal(model.score_samples(X), before)
@@ -493,7 +500,7 @@ def test_flows_that_add_to_the_pool_join_without_energies_on_top(monkeypatch, ca
     )
     X = two_clusters(90, 3)
     model = quick(base="auto", verbose=1).fit(X)
-    assert "fitting flow 2 of 2" in capsys.readouterr().out
+    assert "fitting 1 of 2 flows" in capsys.readouterr().out
     assert model.base_["name"] == "flow"
     assert model.outcome_ == Outcome.UNTRAINED.value
     assert model.converged_
@@ -612,7 +619,7 @@ class TestCallbacks:
 
     def test_they_are_torn_down_when_the_fit_fails(self, monkeypatch):
         recorder = self.Recorder()
-        monkeypatch.setattr("sk_ebm._fitting.fit_flow", Mock(side_effect=RuntimeError))
+        monkeypatch.setattr("sk_ebm._fitting.fit_flows", Mock(side_effect=RuntimeError))
         with pytest.raises(RuntimeError):
             quick().set_callbacks(recorder).fit(two_clusters(60, 2))
         assert recorder.events[-1] == "teardown"

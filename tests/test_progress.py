@@ -44,8 +44,8 @@ def test_on_a_terminal_the_line_is_written_over_and_ended_once():
 
 def test_it_tells_what_is_done_between_checks():
     stream = io.StringIO()
-    ProgressLine(stream, max_iter=120).announce("base flow, fitting flow 1 of 6")
-    assert stream.getvalue() == "[EBMFlowDensity] base flow, fitting flow 1 of 6\n"
+    ProgressLine(stream, max_iter=120).announce("base flow, fitting 1 of 6 flows")
+    assert stream.getvalue() == "[EBMFlowDensity] base flow, fitting 1 of 6 flows\n"
 
 
 def test_a_line_never_begun_is_not_ended():

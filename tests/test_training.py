@@ -1,4 +1,4 @@
-"""The training loop: stopping rule, restoring the best, backing off, and fitting flows."""
+"""The training loop: stopping rule, restoring the best, and backing off."""
 
 import math
 from unittest.mock import Mock
@@ -12,7 +12,7 @@ from sk_ebm._flow import make_flow
 from sk_ebm._folds import Folds
 from sk_ebm._mixture import fit_gaussian
 from sk_ebm._model import TiltedEnsemble
-from sk_ebm._training import Monitor, Outcome, TrainSettings, _descend, _TrainState, fit_flow, train
+from sk_ebm._training import Monitor, Outcome, TrainSettings, _descend, _TrainState, train
 
 SETTINGS = {
     "max_iter": 20,
@@ -189,36 +189,6 @@ def test_training_stops_at_the_check_where_it_is_asked_to(stop_at, n_iter):
     )
     assert result.outcome is Outcome.STOPPED
     assert result.n_iter == n_iter
-
-
-def test_weighted_rows_pull_the_flow():
-    _, flow, data, generator = problem()
-    weight = torch.where(data.rows[:, 0] > 0, 1.0, 0.05)
-    fit_flow(flow, data.rows, weight, weight, max_steps=100, batch_size=128, generator=generator)
-    with torch.no_grad():
-        share = float((flow.sample(2000, generator)[:, 0] > 0).float().mean())
-    expected = float(weight[data.rows[:, 0] > 0].sum() / weight.sum())
-    assert share == pytest.approx(expected, abs=0.1)
-
-
-def test_flow_fit_returns_the_best_held_out_score():
-    _, flow, data, generator = problem()
-    is_held_out = data.fold == 0
-    score = fit_flow(
-        flow, data.rows, 1.0 * ~is_held_out, 1.0 * is_held_out, max_steps=150, batch_size=128, generator=generator
-    )
-    with torch.no_grad():
-        assert score == pytest.approx(float(flow.log_prob(data.rows[is_held_out]).mean()), abs=1e-4)
-    assert score > data.held_out_mean(problem()[0].base_log_prob(data.rows)) + 0.2
-
-
-def test_flow_fit_of_few_rows_goes_back_to_before_it_learnt_them_by_heart():
-    _, flow, data, generator = problem()
-    held_out = 1.0 * (data.fold == 0)
-    few = (1 - held_out) * (torch.arange(len(data.rows)) < 20)
-    score = fit_flow(flow, data.rows, few, held_out, max_steps=300, batch_size=128, generator=generator)
-    with torch.no_grad():
-        assert score == pytest.approx(float(flow.log_prob(data.rows[held_out > 0]).mean()), abs=1e-4)
 
 
 def test_a_gradient_that_is_no_number_takes_no_step():
