@@ -57,7 +57,8 @@ _MIN_FLOW_LEAD, _GAIN_OF_SIZE = 0.05, 0.25
 _MIN_FEATURES_OF_FLOWS = 3
 # Steps and patience (checks) of the flow that proposes, and of those that are bases.
 _FLOW_STEPS, _FLOW_PATIENCE = 300, 4
-_BASE_FLOW_STEPS, _BASE_FLOW_PATIENCE, _BASE_FLOW_LAYERS = 1000, 8, 4
+_BASE_FLOW_LAYERS, _MIN_BASE_FLOW_STEPS, _MAX_BASE_FLOW_STEPS = 4, 1000, 4000
+_BASE_FLOW_STEPS_PER_ROOT_OF_ROWS, _BASE_FLOW_STEPS_PER_CHECK = 28, 125
 # What to fit before energies are trained; the Gaussian is what others are measured by.
 _KINDS: dict[str, tuple[str, ...]] = {
     "auto": ("gaussian", HEAVY_TAILED),
@@ -140,7 +141,8 @@ def fit_model(
     generator.set_state(group.from_first(generator.get_state))
     z, log_det_rows = _to_z(data, feature_map)
     log_det = sum(group.gather(share * float(data.weight @ log_det_rows / data.weight.sum()))) / group.size
-    std_error = _worthwhile_std_error(sum(group.gather(len(data.rows))))
+    n_rows = sum(group.gather(len(data.rows)))
+    std_error = _worthwhile_std_error(n_rows)
 
     def report_check(name: str, check: dict[str, float], now: Callable[[], Candidate]) -> bool:
         def model_now() -> FittedModel:
@@ -150,7 +152,7 @@ def fit_model(
 
         return report(name, check, model_now)
 
-    trainer = _Trainer(z, settings, generator, report_check, log_det)
+    trainer = _Trainer(z, settings, generator, report_check, log_det, n_rows)
     if previous is None:
         trained = trainer.train_candidates(bases)
     else:
@@ -212,6 +214,12 @@ def _worthwhile_std_error(n_rows: int) -> float:
     return min(0.01, max(0.001, 0.15 / math.sqrt(n_rows)))
 
 
+def _base_flow_steps(n_rows: int) -> int:
+    """Return how many steps flows that are bases may take: more rows have more to teach."""
+    steps = int(_BASE_FLOW_STEPS_PER_ROOT_OF_ROWS * math.sqrt(n_rows))
+    return min(max(steps, _MIN_BASE_FLOW_STEPS), _MAX_BASE_FLOW_STEPS)
+
+
 @contextmanager
 def seeded_modules(generator: torch.Generator) -> Iterator[None]:
     """Make the initial values of new modules depend on `generator` alone, and leave torch's global state as it was."""
@@ -235,8 +243,11 @@ class _Trainer:
         generator: torch.Generator,
         report: Callable[[str, dict[str, float], Callable[[], Candidate]], bool],
         log_det: float,
+        n_rows: int,
     ) -> None:
         self.settings, self.generator, self.report, self.log_det = settings, generator, report, log_det
+        # Those of all processes.
+        self.n_rows = n_rows
         self.data = Folds(
             data.rows.to(settings.device, torch.float32),
             data.weight.to(settings.device, torch.float32),
@@ -304,11 +315,12 @@ class _Trainer:
         # Where no row tells, the lead is no number.
         if is_auto and not self._lead(small_flow, bases, candidates, _GAIN_OF_SIZE) >= _MIN_FLOW_LEAD:
             return []
+        max_steps = _base_flow_steps(self.n_rows)
         members = list(range(self.data.n_members))
         flows = [self._make_flow(n_layers=_BASE_FLOW_LAYERS) for _ in members]
         for part in filter(None, [members[:1], members[1:]] if is_auto else [members]):
             self.settings.announce(f"base flow, fitting {len(part)} of {len(members)} flows")
-            self._fit_flows([flows[k] for k in part], part, max_steps=_BASE_FLOW_STEPS, patience=_BASE_FLOW_PATIENCE)
+            self._fit_flows([flows[k] for k in part], part, max_steps, max_steps // _BASE_FLOW_STEPS_PER_CHECK)
             if is_auto and part == [0] and not self._lead(flows[0], bases, candidates) >= _MIN_FLOW_LEAD:
                 return []
         return self._with_tails(flows, bases[HEAVY_TAILED].members) if is_auto else flows
@@ -480,7 +492,6 @@ class _Trainer:
         self,
         flows: list[CouplingFlow],
         held_out_folds: list[int],
-        *,
         max_steps: int = _FLOW_STEPS,
         patience: int = _FLOW_PATIENCE,
     ) -> None:

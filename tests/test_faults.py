@@ -13,6 +13,7 @@ import joblib
 import numpy as np
 import pytest
 import torch
+from joblib.externals.loky import get_reusable_executor
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 from sklearn.model_selection import GridSearchCV
 from torch import nn
@@ -219,6 +220,8 @@ def test_an_interrupt_at_any_moment_leaves_a_usable_model(X, fitted, part):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
 def test_a_killed_worker_is_an_error_and_no_hang(X, monkeypatch):
+    # Workers of an earlier test would not see these.
+    get_reusable_executor().shutdown()
     monkeypatch.setenv("SK_EBM_TEST_PARENT", str(os.getpid()))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
     search = GridSearchCV(quick(energy=DeadlyEnergy), {"alpha": [0.01, 0.1]}, cv=2, n_jobs=2)
