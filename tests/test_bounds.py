@@ -86,7 +86,8 @@ def test_rows_outside_are_named():
 
 
 def quick(**parameters):
-    return EBMFlowDensity(base="gaussian", max_iter=20, n_estimators=2, n_chains=64, random_state=0, **parameters)
+    defaults = {"base": "gaussian", "max_iter": 20, "n_estimators": 2, "n_chains": 64, "random_state": 0}
+    return EBMFlowDensity(**{**defaults, **parameters})
 
 
 @pytest.fixture(scope="module")
@@ -136,10 +137,10 @@ def test_bounds_by_name():
 
 def test_warm_start_takes_bounds_of_any_kind():
     X = np.random.default_rng(0).uniform(size=(60, 2))
-    model = quick(bounds=np.array([[0, 1], [0, 1]]), warm_start=True).fit(X).fit(X)
+    model = quick(bounds=np.array([[0, 1], [0, 1]]), warm_start=True, max_iter=1).fit(X).fit(X)
     model.set_params(bounds=[[0, 1], [0, 1]]).fit(X)
     by_number = {0: np.array([0, 1])}
-    model = quick(bounds=by_number, warm_start=True).fit(X).fit(X)
+    model = quick(bounds=by_number, warm_start=True, max_iter=1).fit(X).fit(X)
     by_number[1] = (0, 1)
     with pytest.raises(ValueError, match="bounds changed"):
         model.fit(X)
