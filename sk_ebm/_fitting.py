@@ -57,8 +57,8 @@ _MIN_FLOW_LEAD, _GAIN_OF_SIZE = 0.05, 0.25
 _MIN_FEATURES_OF_FLOWS = 3
 # Steps and patience (checks) of the flow that proposes, and of those that are bases.
 _FLOW_STEPS, _FLOW_PATIENCE = 300, 4
-_BASE_FLOW_LAYERS, _MIN_BASE_FLOW_STEPS, _MAX_BASE_FLOW_STEPS = 4, 1000, 4000
-_BASE_FLOW_STEPS_PER_ROOT_OF_ROWS, _BASE_FLOW_STEPS_PER_CHECK = 28, 125
+_BASE_FLOW_LAYERS, _MIN_BASE_FLOW_STEPS, _MAX_BASE_FLOW_STEPS = 4, 1000, 8000
+_BASE_FLOW_STEPS_PER_CHECK = 125
 # What to fit before energies are trained; the Gaussian is what others are measured by.
 _KINDS: dict[str, tuple[str, ...]] = {
     "auto": ("gaussian", HEAVY_TAILED),
@@ -216,8 +216,7 @@ def _worthwhile_std_error(n_rows: int) -> float:
 
 def _base_flow_steps(n_rows: int) -> int:
     """Return how many steps flows that are bases may take: more rows have more to teach."""
-    steps = int(_BASE_FLOW_STEPS_PER_ROOT_OF_ROWS * math.sqrt(n_rows))
-    return min(max(steps, _MIN_BASE_FLOW_STEPS), _MAX_BASE_FLOW_STEPS)
+    return min(max(int(100 * n_rows ** (1 / 3)), _MIN_BASE_FLOW_STEPS), _MAX_BASE_FLOW_STEPS)
 
 
 @contextmanager
