@@ -10,7 +10,7 @@ from sklearn.datasets import load_iris
 from torch import nn
 
 from sk_ebm import EBMFlowDensity, LowEffectiveSampleSizeWarning, TrainingWarning
-from sk_ebm._fitting import _Trainer
+from sk_ebm._fitting import _base_flow_steps, _Trainer
 from sk_ebm._folds import Folds
 from sk_ebm._mixture import Mixture
 from sk_ebm._parallel import ALONE
@@ -512,6 +512,11 @@ def test_flows_that_add_to_the_pool_join_without_energies_on_top(monkeypatch, ca
     alone = quick(base="flow", max_iter=1).fit(X)
     assert alone.n_iter_ > 0
     assert alone.score_samples(1e4 + X[:1]) < -1e5
+
+
+@pytest.mark.parametrize(("n_rows", "n_steps"), [(20, 1000), (1000, 1000), (8000, 2000), (10**6, 8000), (10**9, 8000)])
+def test_flows_take_more_steps_where_they_have_more_rows(n_rows, n_steps):
+    assert _base_flow_steps(n_rows) in range(n_steps - 1, n_steps + 1)
 
 
 def test_an_interrupt_while_flows_are_fitted_keeps_what_is_trained(monkeypatch):
