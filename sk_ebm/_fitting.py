@@ -57,8 +57,7 @@ _MIN_FLOW_LEAD, _GAIN_OF_SIZE = 0.05, 0.25
 _MIN_FEATURES_OF_FLOWS = 3
 # Steps and patience (checks) of the flow that proposes, and of those that are bases.
 _FLOW_STEPS, _FLOW_PATIENCE = 300, 4
-_BASE_FLOW_LAYERS, _MIN_BASE_FLOW_STEPS, _MAX_BASE_FLOW_STEPS = 4, 1000, 8000
-_BASE_FLOW_STEPS_PER_CHECK = 125
+_BASE_FLOW_LAYERS, _BASE_FLOW_PATIENCE, _MIN_BASE_FLOW_STEPS, _MAX_BASE_FLOW_STEPS = 4, 8, 1000, 8000
 # What to fit before energies are trained; the Gaussian is what others are measured by.
 _KINDS: dict[str, tuple[str, ...]] = {
     "auto": ("gaussian", HEAVY_TAILED),
@@ -319,7 +318,7 @@ class _Trainer:
         flows = [self._make_flow(n_layers=_BASE_FLOW_LAYERS) for _ in members]
         for part in filter(None, [members[:1], members[1:]] if is_auto else [members]):
             self.settings.announce(f"base flow, fitting {len(part)} of {len(members)} flows")
-            self._fit_flows([flows[k] for k in part], part, max_steps, max_steps // _BASE_FLOW_STEPS_PER_CHECK)
+            self._fit_flows([flows[k] for k in part], part, max_steps, _BASE_FLOW_PATIENCE)
             if is_auto and part == [0] and not self._lead(flows[0], bases, candidates) >= _MIN_FLOW_LEAD:
                 return []
         return self._with_tails(flows, bases[HEAVY_TAILED].members) if is_auto else flows

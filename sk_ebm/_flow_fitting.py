@@ -12,8 +12,9 @@ from sk_ebm._folds import Batches
 from sk_ebm._parallel import ALONE, Group
 from sk_ebm._types import Density
 
-_LEARNING_RATE = 5e-3
-_CHECK_EVERY = 25
+_LEARNING_RATE, _WARM_UP = 5e-3, 25
+# Steps between checks at least, and checks at most.
+_MIN_STEPS_PER_CHECK, _MAX_CHECKS = 25, 40
 _MAX_GRAD_NORM = 5.0
 # Held-out rows that a check looks at.
 _MAX_HELD_OUT = 4096
@@ -60,8 +61,9 @@ def fit_flows(
     )
     best_score, best = torch.full((len(flows),), -math.inf), copy.deepcopy(stack.parameters)
     stale, is_over = torch.zeros(len(flows)), torch.zeros(len(flows), dtype=torch.bool)
+    check_every = max(_MIN_STEPS_PER_CHECK, max_steps // _MAX_CHECKS)
     for step in range(max_steps + 1):
-        if step % _CHECK_EVERY == 0:
+        if step % check_every == 0:
             with torch.no_grad():
                 mine = (weight_judged * stack.log_prob(z_judged)).sum(1) / weight_judged.sum(1)
             score = torch.stack(group.gather(data_share * mine.cpu())).mean(0)
@@ -74,7 +76,7 @@ def fit_flows(
             if is_over.all():
                 break
         for parameters in optimizer.param_groups:
-            warm_up, progress = min(1.0, (step + 1) / _CHECK_EVERY), step / max(max_steps, 1)
+            warm_up, progress = min(1.0, (step + 1) / _WARM_UP), step / max(max_steps, 1)
             parameters["lr"] = _LEARNING_RATE * warm_up * 0.5 * (1 + math.cos(math.pi * progress))
         rows = torch.stack([of_flow.draw(batch_size, generator) for of_flow in batches])
         loss = -data_share * stack.log_prob(z[rows]).mean(1).sum()
