@@ -213,9 +213,13 @@ def _worthwhile_std_error(n_rows: int) -> float:
     return min(0.01, max(0.001, 0.15 / math.sqrt(n_rows)))
 
 
-def _base_flow_steps(n_rows: int) -> int:
-    """Return how many steps flows that are bases may take: more rows have more to teach."""
-    return min(max(int(100 * n_rows ** (1 / 3)), _MIN_BASE_FLOW_STEPS), _MAX_BASE_FLOW_STEPS)
+def _base_flow_steps(n_rows: int, n_energy_steps: int) -> int:
+    """Return how many steps flows that are bases may take: more rows have more to teach.
+
+    Fewer where energies have fewer than such flows have at least.
+    """
+    steps = min(max(int(100 * n_rows ** (1 / 3)), _MIN_BASE_FLOW_STEPS), _MAX_BASE_FLOW_STEPS)
+    return min(steps, steps * n_energy_steps // _MIN_BASE_FLOW_STEPS)
 
 
 @contextmanager
@@ -246,6 +250,7 @@ class _Trainer:
         self.settings, self.generator, self.report, self.log_det = settings, generator, report, log_det
         # Those of all processes.
         self.n_rows = n_rows
+        self.n_energy_steps = settings.train.max_iter * settings.train.steps_per_iter
         self.data = Folds(
             data.rows.to(settings.device, torch.float32),
             data.weight.to(settings.device, torch.float32),
@@ -262,7 +267,7 @@ class _Trainer:
     def train_candidates(self, bases: dict[str, Bases]) -> list[Candidate]:
         """Train energies on each base, and on a base of flows when `base` asks for one or it promises to win."""
         flow = self._make_flow()
-        self._fit_flows([flow], [0])
+        self._fit_flows([flow], [0], min(_FLOW_STEPS, self.n_energy_steps), _FLOW_PATIENCE)
         candidates: list[Candidate] = []
         asked, likeliest = name_of(self.settings.base), max(bases, key=lambda name: bases[name].score)
         # What fits best first, so that the others have something to catch up with.
@@ -313,7 +318,7 @@ class _Trainer:
         # Where no row tells, the lead is no number.
         if is_auto and not self._lead(small_flow, bases, candidates, _GAIN_OF_SIZE) >= _MIN_FLOW_LEAD:
             return []
-        max_steps = _base_flow_steps(self.n_rows)
+        max_steps = _base_flow_steps(self.n_rows, self.n_energy_steps)
         members = list(range(self.data.n_members))
         flows = [self._make_flow(n_layers=_BASE_FLOW_LAYERS) for _ in members]
         for part in filter(None, [members[:1], members[1:]] if is_auto else [members]):
@@ -490,8 +495,8 @@ class _Trainer:
         self,
         flows: list[CouplingFlow],
         held_out_folds: list[int],
-        max_steps: int = _FLOW_STEPS,
-        patience: int = _FLOW_PATIENCE,
+        max_steps: int,
+        patience: int,
     ) -> None:
         is_held_out = torch.stack([self.data.fold == fold for fold in held_out_folds])
         for flow, fold in zip(flows, held_out_folds, strict=True):
@@ -502,7 +507,7 @@ class _Trainer:
             self.data.rows,
             self.data.weight * ~is_held_out,
             self.data.weight * is_held_out,
-            max_steps=min(max_steps, self.settings.train.max_iter * self.settings.train.steps_per_iter),
+            max_steps=max_steps,
             batch_size=self.settings.train.batch_size,
             generator=self.device_generator,
             patience=patience,

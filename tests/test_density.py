@@ -516,7 +516,21 @@ def test_flows_that_add_to_the_pool_join_without_energies_on_top(monkeypatch, ca
 
 @pytest.mark.parametrize(("n_rows", "n_steps"), [(20, 1000), (1000, 1000), (8000, 2000), (10**6, 8000), (10**9, 8000)])
 def test_flows_take_more_steps_where_they_have_more_rows(n_rows, n_steps):
-    assert _base_flow_steps(n_rows) in range(n_steps - 1, n_steps + 1)
+    assert _base_flow_steps(n_rows, 120 * 16) in range(n_steps - 1, n_steps + 1)
+    # Where energies have hardly any, neither have flows.
+    assert _base_flow_steps(n_rows, 10) in range(n_steps // 100 - 1, n_steps // 100 + 1)
+
+
+def test_steps_of_flows_are_not_held_to_those_of_energies(monkeypatch):
+    fit_flows = Mock(side_effect=[[0.0], KeyboardInterrupt])
+    monkeypatch.setattr("sk_ebm._fitting.fit_flows", fit_flows)
+    X = np.random.default_rng(0).normal(size=(30_000, 3))
+    with pytest.raises(KeyboardInterrupt):
+        EBMFlowDensity(base="flow", n_estimators=2, random_state=0).fit(X)
+    proposing, base = (call.kwargs["max_steps"] for call in fit_flows.call_args_list)
+    assert proposing == 300
+    # 120 iterations of 16 steps are what energies have.
+    assert base > 2500
 
 
 def test_an_interrupt_while_flows_are_fitted_keeps_what_is_trained(monkeypatch):
