@@ -291,6 +291,7 @@ class BreakingEnergy(nn.Module):
 def test_low_effective_sample_size_warns_with_the_remedy(monkeypatch):
     # Energies so steep are scaled down otherwise.
     monkeypatch.setattr("sk_ebm._fitting._SCALES", (1.0,))
+    monkeypatch.setattr("sk_ebm._fitting._MAX_DRAWS", 20_000)
     with pytest.warns(LowEffectiveSampleSizeWarning, match="effective sample size.*Try"):
         quick(energy=SteepEnergy, max_iter=1, flow="affine").fit(two_clusters(100, 50))
 
@@ -322,7 +323,8 @@ def test_energies_are_scaled_to_what_held_out_rows_ask_for(tilted):
     assert tilted.density_.ensembles[0].log_normalizers.abs().max() > 0.1
 
 
-def test_held_out_rows_do_not_flatter_a_base_of_flows():
+def test_held_out_rows_do_not_flatter_a_base_of_flows(monkeypatch):
+    monkeypatch.setattr("sk_ebm._fitting._MAX_DRAWS", 20_000)
     # The coordinates in which flows work are whitened by all rows, which tells much about 30 features of 90 rows.
     X = np.random.default_rng(0).normal(size=(1090, 30))
     # One iteration is enough: it is where flows start that flattered them.
@@ -494,6 +496,7 @@ def test_an_interrupt_before_training_leaves_the_previous_fit(monkeypatch):
 
 
 def test_flows_that_add_to_the_pool_join_without_energies_on_top(monkeypatch, capsys):
+    monkeypatch.setattr("sk_ebm._fitting._MAX_DRAWS", 20_000)
     monkeypatch.setattr("sk_ebm._fitting._Trainer._lead", lambda *arguments: 1.0)
     monkeypatch.setattr(
         "sk_ebm._fitting.stacking_shares", lambda held_out, *others: [0.0] * (len(held_out) - 1) + [1.0]
