@@ -8,16 +8,15 @@ import torch
 from normflows.flows import AffineCouplingBlock, CoupledRationalQuadraticSpline, LULinearPermute
 from normflows.flows.neural_spline.coupling import PiecewiseRationalQuadraticCDF, PiecewiseRationalQuadraticCoupling
 from normflows.nets import MLP, ResidualNet
-from normflows.utils.splines import DEFAULT_MIN_DERIVATIVE
 from torch import nn
 
-from sk_ebm._spline import Splines, evaluate_splines, splines_of
+from sk_ebm._spline import MIN_SLOPE, Splines, evaluate_splines, splines_of
 from sk_ebm._types import Density, ModuleList
 
 _N_BINS = 8
 # Splines act on [-bound, bound] and are the identity outside; data is standardised before it comes here.
 _TAIL_BOUND = 5.0
-_IDENTITY_DERIVATIVE = math.log(math.exp(1 - DEFAULT_MIN_DERIVATIVE) - 1)
+_IDENTITY_DERIVATIVE = math.log(math.exp(1 - MIN_SLOPE) - 1)
 
 
 class CouplingFlow(Density):

@@ -131,8 +131,8 @@ def _descend_apart(
     group.average_gradients(parameters)
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norm = torch.stack([gradient.flatten(1).square().sum(1) for gradient in gradients]).sum(0).sqrt()
-    scale = (_MAX_GRAD_NORM / (norm + 1e-6)).clamp(max=1)
+    scale, is_broken = (_MAX_GRAD_NORM / (norm + 1e-6)).clamp(max=1), ~norm.isfinite()
     for gradient in gradients:
         shape = -1, *[1] * (gradient.dim() - 1)
-        gradient.mul_(scale.view(shape)).masked_fill_(~norm.isfinite().view(shape), 0.0)
+        gradient.mul_(scale.view(shape)).masked_fill_(is_broken.view(shape), 0.0)
     optimizer.step()

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 # Of the interval, the share that a bin has at least; and the least slope at a knot.
-_MIN_SHARE, _MIN_SLOPE = 1e-3, 1e-3
+_MIN_SHARE, MIN_SLOPE = 1e-3, 1e-3
 
 
 class Splines(NamedTuple):
@@ -44,7 +44,7 @@ def splines_of(parameters: torch.Tensor, bound: float) -> Splines:
     n_bins = (parameters.shape[1] + 1) // 3
     shares = parameters[:, : 2 * n_bins].unflatten(1, (2, n_bins)).softmax(2)
     sizes = 2 * bound * (_MIN_SHARE + (1 - n_bins * _MIN_SHARE) * shares)
-    return Splines(sizes, _MIN_SLOPE + nn.functional.softplus(parameters[:, 2 * n_bins :]), bound)
+    return Splines(sizes, MIN_SLOPE + nn.functional.softplus(parameters[:, 2 * n_bins :]), bound)
 
 
 def evaluate_splines(splines: Splines, x: torch.Tensor, *, inverse: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
