@@ -57,7 +57,9 @@ _MIN_FLOW_LEAD, _GAIN_OF_SIZE = 0.05, 0.25
 _MIN_FEATURES_OF_FLOWS = 3
 # Steps and patience (checks) of the flow that proposes, and of those that are bases.
 _FLOW_STEPS, _FLOW_PATIENCE = 300, 4
-_BASE_FLOW_LAYERS, _BASE_FLOW_PATIENCE, _MIN_BASE_FLOW_STEPS, _MAX_BASE_FLOW_STEPS = 4, 8, 1000, 8000
+_BASE_FLOW_PATIENCE, _MIN_BASE_FLOW_STEPS, _MAX_BASE_FLOW_STEPS = 8, 1000, 8000
+# Coupling layers of flows that are bases, and the rows from which on there are more.
+_BASE_FLOW_LAYERS, _LAYERS_FOR_MANY_ROWS, _MANY_ROWS = 4, 6, 10_000
 # What to fit before energies are trained; the Gaussian is what others are measured by.
 _KINDS: dict[str, tuple[str, ...]] = {
     "auto": ("gaussian", HEAVY_TAILED),
@@ -222,6 +224,13 @@ def _base_flow_steps(n_rows: int, n_energy_steps: int) -> int:
     return min(steps, steps * n_energy_steps // _MIN_BASE_FLOW_STEPS)
 
 
+def _base_flow_size(n_rows: int) -> dict[str, int]:
+    """Return the size of flows that are bases: deeper ones pay only where rows are many."""
+    if n_rows < _MANY_ROWS:
+        return {"n_layers": _BASE_FLOW_LAYERS}
+    return {"n_layers": _LAYERS_FOR_MANY_ROWS, "own_axes": True}
+
+
 @contextmanager
 def seeded_modules(generator: torch.Generator) -> Iterator[None]:
     """Make the initial values of new modules depend on `generator` alone, and leave torch's global state as it was."""
@@ -320,7 +329,7 @@ class _Trainer:
             return []
         max_steps = _base_flow_steps(self.n_rows, self.n_energy_steps)
         members = list(range(self.data.n_members))
-        flows = [self._make_flow(n_layers=_BASE_FLOW_LAYERS) for _ in members]
+        flows = [self._make_flow(**_base_flow_size(self.n_rows)) for _ in members]
         for part in filter(None, [members[:1], members[1:]] if is_auto else [members]):
             self.settings.announce(f"base flow, fitting {len(part)} of {len(members)} flows")
             self._fit_flows([flows[k] for k in part], part, max_steps, _BASE_FLOW_PATIENCE)

@@ -77,7 +77,9 @@ class CouplingFlow(Density):
         return self.sample_and_log_prob(n_samples, generator)[0]
 
 
-def make_flow(kind: str, n_features: int, *, n_layers: int = 2, hidden_units: int = 64) -> CouplingFlow:
+def make_flow(
+    kind: str, n_features: int, *, n_layers: int = 2, hidden_units: int = 64, own_axes: bool = False
+) -> CouplingFlow:
     """Build a flow of rational-quadratic spline ("spline") or affine ("affine") coupling layers.
 
     One feature cannot be split for a coupling, so there the flow is one elementwise spline.
@@ -92,6 +94,8 @@ def make_flow(kind: str, n_features: int, *, n_layers: int = 2, hidden_units: in
         Number of coupling layers; affine flows get twice as many.
     hidden_units : int, default=64
         Width of the network inside each layer.
+    own_axes : bool, default=False
+        Whether rows first pass a linear map that is trained too, in three or more features.
 
     References
     ----------
@@ -106,7 +110,7 @@ def make_flow(kind: str, n_features: int, *, n_layers: int = 2, hidden_units: in
     layers: list[nn.Module] = []
     for k in range(n_layers):
         layers.append(make_layer(n_features, hidden_units, reverse_mask=bool(k % 2)))
-        if n_features > 2 and k < n_layers - 1:
+        if n_features > 2 and (own_axes or k < n_layers - 1):
             layers.append(LULinearPermute(n_features))
     return CouplingFlow(n_features, layers)
 

@@ -13,13 +13,15 @@ from sk_ebm._mixture import fit_gaussian
 DTYPES = [torch.float32, torch.float64]
 # One feature has no coupling: there, both kinds are the same elementwise spline.
 FLOWS = [("spline", 1), ("spline", 2), ("spline", 3), ("spline", 7), ("affine", 2), ("affine", 3), ("affine", 7)]
+FLOWS += [("spline on own axes", 2), ("spline on own axes", 7)]
 
 
 def build(kind, n_features, dtype=torch.float64, *, noise=0.3):
     """Build a flow; `noise` is the standard deviation added to every parameter, zero for the untrained flow."""
+    kind, _, own_axes = kind.partition(" on ")
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        flow = make_flow(kind, n_features, n_layers=2, hidden_units=16).to(dtype)
+        flow = make_flow(kind, n_features, n_layers=2, hidden_units=16, own_axes=bool(own_axes)).to(dtype)
     generator = seeded(1)
     for parameter in flow.parameters():
         parameter.data += noise * torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(dtype)
