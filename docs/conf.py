@@ -32,6 +32,7 @@ sphinx_gallery_conf = {
     "examples_dirs": "../examples",
     "gallery_dirs": "auto_examples",
     "filename_pattern": r"plot_",
+    "parallel": 2,
     "abort_on_example_error": True,
     "download_all_examples": False,
     "min_reported_time": 0,
