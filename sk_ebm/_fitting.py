@@ -224,11 +224,9 @@ def _base_flow_steps(n_rows: int, n_energy_steps: int) -> int:
     return min(steps, steps * n_energy_steps // _MIN_BASE_FLOW_STEPS)
 
 
-def _base_flow_size(n_rows: int) -> dict[str, int]:
-    """Return the size of flows that are bases: deeper ones pay only where rows are many."""
-    if n_rows < _MANY_ROWS:
-        return {"n_layers": _BASE_FLOW_LAYERS}
-    return {"n_layers": _LAYERS_FOR_MANY_ROWS, "own_axes": True}
+def _base_flow_layers(n_rows: int) -> int:
+    """Return how many coupling layers flows that are bases have: more pay only where rows are many."""
+    return _BASE_FLOW_LAYERS if n_rows < _MANY_ROWS else _LAYERS_FOR_MANY_ROWS
 
 
 @contextmanager
@@ -329,7 +327,8 @@ class _Trainer:
             return []
         max_steps = _base_flow_steps(self.n_rows, self.n_energy_steps)
         members = list(range(self.data.n_members))
-        flows = [self._make_flow(**_base_flow_size(self.n_rows)) for _ in members]
+        # Axes of their own make them differ more, so their mean gains more.
+        flows = [self._make_flow(n_layers=_base_flow_layers(self.n_rows), own_axes=True) for _ in members]
         for part in filter(None, [members[:1], members[1:]] if is_auto else [members]):
             self.settings.announce(f"base flow, fitting {len(part)} of {len(members)} flows")
             self._fit_flows([flows[k] for k in part], part, max_steps, _BASE_FLOW_PATIENCE)
