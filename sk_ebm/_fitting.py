@@ -59,7 +59,7 @@ _MIN_FEATURES_OF_FLOWS = 3
 _FLOW_STEPS, _FLOW_PATIENCE = 300, 4
 _BASE_FLOW_PATIENCE, _MIN_BASE_FLOW_STEPS, _MAX_BASE_FLOW_STEPS = 8, 1000, 8000
 # Coupling layers of flows that are bases, and the rows from which on there are more.
-_BASE_FLOW_LAYERS, _LAYERS_FOR_MANY_ROWS, _MANY_ROWS = 4, 6, 10_000
+_BASE_FLOW_LAYERS, _MORE_LAYERS, _ROWS_FOR_MORE_LAYERS = 4, 6, 10_000
 # What to fit before energies are trained; the Gaussian is what others are measured by.
 _KINDS: dict[str, tuple[str, ...]] = {
     "auto": ("gaussian", HEAVY_TAILED),
@@ -226,7 +226,7 @@ def _base_flow_steps(n_rows: int, n_energy_steps: int) -> int:
 
 def _base_flow_layers(n_rows: int) -> int:
     """Return how many coupling layers flows that are bases have: more pay only where rows are many."""
-    return _BASE_FLOW_LAYERS if n_rows < _MANY_ROWS else _LAYERS_FOR_MANY_ROWS
+    return _BASE_FLOW_LAYERS if n_rows < _ROWS_FOR_MORE_LAYERS else _MORE_LAYERS
 
 
 @contextmanager

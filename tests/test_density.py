@@ -538,6 +538,9 @@ def test_steps_of_flows_are_not_held_to_those_of_energies(monkeypatch):
     assert proposing == 300
     # 120 iterations of 16 steps are what energies have.
     assert base > 2500
+    # Deeper where rows are many, and each layer behind a linear map.
+    (small,), (flow, _) = (call.args[0] for call in fit_flows.call_args_list)
+    assert (len(small.layers), len(flow.layers)) == (2 * 2 - 1, 2 * 6)
 
 
 def test_an_interrupt_while_flows_are_fitted_keeps_what_is_trained(monkeypatch):
