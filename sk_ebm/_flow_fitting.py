@@ -60,29 +60,34 @@ def fit_flows(
         for parts in ([z] * len(flows), held_out_weight)
     )
     best_score, best = torch.full((len(flows),), -math.inf), copy.deepcopy(stack.parameters)
-    stale, is_over = torch.zeros(len(flows)), torch.zeros(len(flows), dtype=torch.bool)
+    stale, running = torch.zeros(len(flows)), torch.arange(len(flows))
     check_every = max(_MIN_STEPS_PER_CHECK, max_steps // _MAX_CHECKS)
     for step in range(max_steps + 1):
         if step % check_every == 0:
             with torch.no_grad():
-                mine = (weight_judged * stack.log_prob(z_judged)).sum(1) / weight_judged.sum(1)
+                of_rows = weight_judged[running] * stack.log_prob(z_judged[running])
+                mine = of_rows.sum(1) / weight_judged[running].sum(1)
             score = torch.stack(group.gather(data_share * mine.cpu())).mean(0)
-            is_better = (score > best_score) & ~is_over
+            is_better = score > best_score[running]
+            better = running[is_better]
             for name, parameter in stack.parameters.items():
-                best[name].data[is_better] = parameter.detach()[is_better]
-            best_score = torch.where(is_better, score, best_score)
-            stale = torch.where(is_better, 0, stale + 1)
-            is_over |= (stale >= patience) | ~score.isfinite()
-            if is_over.all():
+                best[name].data[better] = parameter.detach()[is_better]
+            best_score[better] = score[is_better]
+            stale[running] += 1
+            stale[better] = 0
+            is_running = (stale[running] < patience) & score.isfinite()
+            if not is_running.any():
                 break
+            if not is_running.all():
+                running = running[is_running]
+                stack.keep(is_running, optimizer)
         for parameters in optimizer.param_groups:
             warm_up, progress = min(1.0, (step + 1) / _WARM_UP), step / max(max_steps, 1)
             parameters["lr"] = _LEARNING_RATE * warm_up * 0.5 * (1 + math.cos(math.pi * progress))
-        rows = torch.stack([of_flow.draw(batch_size, generator) for of_flow in batches])
+        rows = torch.stack([batches[k].draw(batch_size, generator) for k in running])
         loss = -data_share * stack.log_prob(z[rows]).mean(1).sum()
         _descend_apart(loss, optimizer, list(stack.parameters.values()), group)
-    stack.parameters = best
-    stack.write_back(flows)
+    _write_back(flows, best)
     return best_score.tolist()
 
 
@@ -104,11 +109,23 @@ class _Stack:
         )
 
     @torch.no_grad()
-    def write_back(self, flows: Sequence[Density]) -> None:
-        """Give each flow its parameters."""
-        for k, flow in enumerate(flows):
-            for name, parameter in _LogProb(flow).named_parameters():
-                parameter.copy_(self.parameters[name][k])
+    def keep(self, is_kept: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
+        """Let go of the other flows, of which every step would still pay the price."""
+        kept = {name: parameter.detach()[is_kept].requires_grad_() for name, parameter in self.parameters.items()}
+        for name, parameter in self.parameters.items():
+            state = optimizer.state.pop(parameter, {})
+            optimizer.state[kept[name]] = {key: part if key == "step" else part[is_kept] for key, part in state.items()}
+        optimizer.param_groups[0]["params"] = list(kept.values())
+        self.parameters = kept
+        self.buffers = {name: buffer[is_kept] for name, buffer in self.buffers.items()}
+
+
+@torch.no_grad()
+def _write_back(flows: Sequence[Density], stacked: dict[str, torch.Tensor]) -> None:
+    """Give each flow its own of the stacked parameters."""
+    for k, flow in enumerate(flows):
+        for name, parameter in _LogProb(flow).named_parameters():
+            parameter.copy_(stacked[name][k])
 
 
 class _LogProb(nn.Module):

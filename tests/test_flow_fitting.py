@@ -66,6 +66,41 @@ def test_a_flow_of_few_rows_goes_back_to_before_it_learnt_them_by_heart(rows):
     assert scores[1] > scores[0] + 0.1
 
 
+def test_what_is_kept_of_a_stack_goes_on_as_it_would_have():
+    weight = normal(3, 50, 2).float()
+
+    def take_steps(kept):
+        stack = _Stack(make_flows(3))
+        optimizer = torch.optim.AdamW(stack.parameters.values(), lr=0.01, fused=True)
+        for part in (torch.arange(3), kept):
+            if len(part) < 3:
+                stack.keep(torch.tensor([True, False, True]), optimizer)
+            for _ in range(5):
+                optimizer.zero_grad()
+                stack.log_prob(weight[part]).sum().neg().backward()
+                optimizer.step()
+        return stack.log_prob(weight[part]).detach()
+
+    everyone, kept = torch.arange(3), torch.tensor([0, 2])
+    torch.testing.assert_close(take_steps(kept), take_steps(everyone)[kept], rtol=1e-4, atol=1e-4)
+
+
+def test_flows_that_have_stopped_cost_nothing(rows, monkeypatch):
+    sizes = []
+    log_prob = _Stack.log_prob
+
+    def counted(stack, z):
+        sizes.append(len(z))
+        return log_prob(stack, z)
+
+    monkeypatch.setattr(_Stack, "log_prob", counted)
+    weight, held_out = folds(3)
+    weight[0] *= torch.arange(400) < 20
+    fit_flows(make_flows(3), rows, weight, held_out, generator=seeded(), max_steps=300, batch_size=128)
+    assert sizes[0] == 3
+    assert sizes[-1] < 3
+
+
 def test_folds_of_unlike_size_are_judged_by_their_own_rows(rows):
     flows = make_flows(2)
     weight, held_out = folds(2)
