@@ -35,6 +35,9 @@ _MAX_SEARCH_ROWS = 3000
 _HOPELESS = 0.5
 # Standard errors of the paired difference within which two settings of a mixture count as equally good.
 _PARSIMONY = 0.5
+# Rows that the prior of each covariance counts for instead, where that is better by so many standard errors: components
+# that differ in size or direction are pulled towards what is too wide for some of them.
+_LOOSER_PRIOR_COUNT, _CLEARLY = 0.03, 2.0
 # Where so many rows share the value of a feature, components as narrow as the rounding may be worth a try, which the
 # prior of their covariances would forbid.
 _MIN_SHARE_OF_ATOM, _MIN_ROWS_OF_ATOM, _PRIOR_COUNT_AT_ATOMS, _MIN_SHARE_AT_ATOMS = 0.02, 5, 1e-6, 0.05
@@ -240,40 +243,63 @@ def _cross_fit_best_mixture(data: Folds, shapes: Sequence[_MixtureSettings], gen
     first, first_weight = sample.rows[:MAX_START_ROWS], train_weight[:, :MAX_START_ROWS]
     # With few features EM is cheap and its likelihood is bumpy in the number of components; with many, neither.
     patience = 5 if data.rows.shape[1] <= 3 else 2
-    tried: list[tuple[_MixtureSettings, torch.Tensor]] = []
     # Shapes that are meant in the same coordinates start from the same labels.
     labels: dict[tuple[int, int], torch.Tensor] = {}
+
+    def held_out_under(settings: _MixtureSettings) -> torch.Tensor:
+        start = id(settings.frame), settings.n_components
+        if start not in labels:
+            labels[start] = kmeans_labels(first @ settings.frame, first_weight, settings.n_components, generator)
+        members = settings.fit(sample.rows, train_weight, generator, tol=1e-3, labels=labels[start])
+        return _member_log_prob(members, sample.rows)[is_held_out]
+
+    tried: list[_Trial] = []
     for shape in shapes:
         best_of_type, stale = -math.inf, 0
         for n_components in _sizes(sample):
             settings = shape._replace(n_components=n_components)
-            start = id(shape.frame), n_components
-            if start not in labels:
-                labels[start] = kmeans_labels(first @ shape.frame, first_weight, n_components, generator)
-            members = settings.fit(sample.rows, train_weight, generator, tol=1e-3, labels=labels[start])
-            held_out = _member_log_prob(members, sample.rows)[is_held_out]
-            tried.append((settings, held_out))
-            score = float(weight @ held_out) / float(weight.sum())
+            tried.append(_Trial(settings, held_out_under(settings)))
+            score = float(weight @ tried[-1].held_out) / float(weight.sum())
             stale = 0 if score > best_of_type + 1e-3 else stale + 1
             best_of_type = max(best_of_type, score)
             if stale >= patience:
                 break
     chosen = _most_frugal_of_the_best(tried, weight)
-    return cross_fit(lambda z, weights: chosen.fit(z, weights, generator, n_runs=_FINAL_RUNS), data)
+    if chosen.settings.prior_count > _LOOSER_PRIOR_COUNT:
+        # Fewer may do as well: too wide a component is stood in for by many.
+        sizes = [size for size in _sizes(sample) if size <= chosen.settings.n_components]
+        looser = [chosen.settings._replace(prior_count=_LOOSER_PRIOR_COUNT, n_components=size) for size in sizes]
+        trials = [_Trial(settings, held_out_under(settings)) for settings in looser]
+        chosen = _most_frugal_of_the_best([t for t in trials if t.clearly_beats(chosen, weight)] or [chosen], weight)
+    return cross_fit(lambda z, weights: chosen.settings.fit(z, weights, generator, n_runs=_FINAL_RUNS), data)
 
 
-def _most_frugal_of_the_best(
-    tried: Sequence[tuple[_MixtureSettings, torch.Tensor]], weight: torch.Tensor
-) -> _MixtureSettings:
-    """Return the settings of fewest parameters that held-out rows can hardly tell apart from the best."""
-    share = weight / weight.sum()
-    best = max((held_out for _, held_out in tried), key=lambda held_out: float(share @ held_out))
+class _Trial(NamedTuple):
+    """Settings of a mixture, and the log density (nats) of rows that its fits had not seen."""
+
+    settings: _MixtureSettings
+    held_out: torch.Tensor
+
+    def lead_over(self, other: "_Trial", weight: torch.Tensor) -> tuple[float, float]:
+        """Return by how much (nats per row) this one is better, and the standard error of that."""
+        share, lead = weight / weight.sum(), self.held_out - other.held_out
+        mean = share @ lead
+        return float(mean), float((share.square() @ (lead - mean).square()).sqrt())
+
+    def clearly_beats(self, other: "_Trial", weight: torch.Tensor) -> bool:
+        """Return whether this one is better by more than noise."""
+        lead, std_error = self.lead_over(other, weight)
+        return lead > _CLEARLY * std_error
+
+
+def _most_frugal_of_the_best(tried: Sequence[_Trial], weight: torch.Tensor) -> _Trial:
+    """Return the trial of fewest parameters that held-out rows can hardly tell apart from the best."""
+    best = max(tried, key=lambda trial: float(weight @ trial.held_out))
     equally_good = []
-    for settings, held_out in tried:
-        loss = best - held_out
-        std_error = (share.square() @ (loss - share @ loss).square()).sqrt()
-        if float(share @ loss) <= _PARSIMONY * float(std_error):
-            equally_good.append((settings.n_parameters(), float(share @ loss), settings))
+    for trial in tried:
+        loss, std_error = best.lead_over(trial, weight)
+        if loss <= _PARSIMONY * std_error:
+            equally_good.append((trial.settings.n_parameters(), loss, trial))
     return min(equally_good, key=lambda entry: entry[:2])[-1]
 
 
