@@ -14,8 +14,6 @@ COVARIANCE_TYPES = ("full", "tied", "diag", "tied_diag", "spherical", "tied_sphe
 _MAX_ITER = 200
 _KMEANS_RUNS = 4
 _KMEANS_ITER = 10
-# Up to so many times the starts, with fewer rows than are many.
-_MORE_STARTS, _MANY_ROWS = 4, 1000
 _MIN_VARIANCE = 1e-6
 # Rows that a component without any is taken to have at the overall mean.
 _LOST_COUNT = 1e-3
@@ -288,17 +286,11 @@ class _BatchedEM:
         return covariances
 
 
-def n_starts(least: int, n_rows: int) -> int:
-    """Return from how many starts to climb: where rows are few, each costs little and fewer find what there is."""
-    return max(least, min(_MORE_STARTS * least, _MANY_ROWS * least // n_rows))
-
-
 def kmeans_labels(z: torch.Tensor, weight: torch.Tensor, n_components: int, generator: torch.Generator) -> torch.Tensor:
     """Return labels (B, n) of the best of a few k-means runs for each set of weights (B, n)."""
     if n_components == 1:
         return torch.zeros(weight.shape, dtype=torch.long, device=z.device)
-    n_runs = n_starts(_KMEANS_RUNS, len(z))
-    runs = weight.repeat_interleave(n_runs, 0)
+    runs = weight.repeat_interleave(_KMEANS_RUNS, 0)
     center = _kmeans_plus_plus(z, runs, n_components, generator)
     features = torch.cat([z, torch.ones_like(z[:, :1])], dim=1)
     size = _chunk_size(len(runs) * n_components)
@@ -314,7 +306,7 @@ def kmeans_labels(z: torch.Tensor, weight: torch.Tensor, n_components: int, gene
     nearest = [_closeness(part, center).max(1) for part, _ in chunks]
     closeness, label = (torch.cat(parts, dim=-1) for parts in zip(*nearest, strict=True))
     inertia = (runs * (z.square().sum(-1) - 2 * closeness)).sum(-1)
-    best = inertia.reshape(-1, n_runs).argmin(-1) + n_runs * torch.arange(len(weight), device=z.device)
+    best = inertia.reshape(-1, _KMEANS_RUNS).argmin(-1) + _KMEANS_RUNS * torch.arange(len(weight), device=z.device)
     return label[best]
 
 

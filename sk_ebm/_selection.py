@@ -17,7 +17,6 @@ from sk_ebm._mixture import (
     fit_mixtures,
     kmeans_labels,
     mixture_of_mixtures,
-    n_starts,
 )
 from sk_ebm._stacking import DensityMixture, mixture_shares, shares_with_prior
 from sk_ebm._student_t import fit_student_t
@@ -272,8 +271,7 @@ def _cross_fit_best_mixture(data: Folds, shapes: Sequence[_MixtureSettings], gen
         looser = [chosen.settings._replace(prior_count=_LOOSER_PRIOR_COUNT, n_components=size) for size in sizes]
         trials = [_Trial(settings, held_out_under(settings)) for settings in looser]
         chosen = _most_frugal_of_the_best([t for t in trials if t.clearly_beats(chosen, weight)] or [chosen], weight)
-    n_runs = n_starts(_FINAL_RUNS, len(data.rows))
-    return cross_fit(lambda z, weights: chosen.settings.fit(z, weights, generator, n_runs=n_runs), data)
+    return cross_fit(lambda z, weights: chosen.settings.fit(z, weights, generator, n_runs=_FINAL_RUNS), data)
 
 
 class _Trial(NamedTuple):

@@ -11,7 +11,7 @@ from scipy import stats
 from sklearn.mixture import GaussianMixture
 
 from sk_ebm import _mixture, _student_t
-from sk_ebm._mixture import COVARIANCE_TYPES, fit_gaussian, fit_mixtures, n_starts
+from sk_ebm._mixture import COVARIANCE_TYPES, fit_gaussian, fit_mixtures
 from sk_ebm._student_t import fit_student_t
 
 BASES = ["gaussian", *COVARIANCE_TYPES, "student_t"]
@@ -189,8 +189,3 @@ def test_weights_tilt_the_mixture():
     mixture = fit("full", z, torch.where(is_right, 3.0, 1.0).double())
     share = 3 * float(is_right.sum()) / float(3 * is_right.sum() + (~is_right).sum())
     assert float(mixture.log_proportions.exp().sub(share).abs().min()) < 0.02
-
-
-@pytest.mark.parametrize(("n_rows", "expected"), [(1, 12), (200, 12), (500, 6), (1000, 3), (50_000, 3)])
-def test_few_rows_are_climbed_from_more_starts(n_rows, expected):
-    assert n_starts(3, n_rows) == expected
