@@ -55,7 +55,7 @@ pca = PCA(n_components=15, whiten=False)
 components = pca.fit_transform(pixels)
 search = GridSearchCV(KernelDensity(leaf_size=len(pixels)), {"bandwidth": np.logspace(-1, 1, 20)})
 kernel_density = search.fit(components).best_estimator_
-# Half the members take half the time, which is most of this page's.
+# Three members instead of six: this page is built often.
 density = EBMFlowDensity(n_estimators=3, random_state=0).fit(components)
 
 fig, axes = plt.subplots(3, 1, figsize=(6.4, 8), layout="constrained")

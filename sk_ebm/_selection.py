@@ -265,7 +265,9 @@ def _cross_fit_best_mixture(data: Folds, shapes: Sequence[_MixtureSettings], gen
             if stale >= patience:
                 break
     chosen = _most_frugal_of_the_best(tried, weight)
-    if chosen.settings.prior_count > _LOOSER_PRIOR_COUNT:
+    # The prior pulls towards the pooled covariance, which tied ones are.
+    is_pulled = not chosen.settings.covariance_type.startswith("tied")
+    if is_pulled and chosen.settings.prior_count > _LOOSER_PRIOR_COUNT:
         # Fewer may do as well: too wide a component is stood in for by many.
         sizes = [size for size in _sizes(sample) if size <= chosen.settings.n_components]
         looser = [chosen.settings._replace(prior_count=_LOOSER_PRIOR_COUNT, n_components=size) for size in sizes]

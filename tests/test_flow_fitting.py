@@ -67,7 +67,7 @@ def test_a_flow_of_few_rows_goes_back_to_before_it_learnt_them_by_heart(rows):
 
 
 def test_what_is_kept_of_a_stack_goes_on_as_it_would_have():
-    weight = normal(3, 50, 2).float()
+    z = normal(3, 50, 2).float()
 
     def take_steps(kept):
         stack = _Stack(make_flows(3))
@@ -77,9 +77,9 @@ def test_what_is_kept_of_a_stack_goes_on_as_it_would_have():
                 stack.keep(torch.tensor([True, False, True]), optimizer)
             for _ in range(5):
                 optimizer.zero_grad()
-                stack.log_prob(weight[part]).sum().neg().backward()
+                stack.log_prob(z[part]).sum().neg().backward()
                 optimizer.step()
-        return stack.log_prob(weight[part]).detach()
+        return stack.log_prob(z[part]).detach()
 
     everyone, kept = torch.arange(3), torch.tensor([0, 2])
     torch.testing.assert_close(take_steps(kept), take_steps(everyone)[kept], rtol=1e-4, atol=1e-4)
