@@ -25,6 +25,9 @@ from sk_ebm._types import Density
 
 _N_COMPONENTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 _MIN_ROWS_PER_COMPONENT = 10
+# So many at least before a shape of the covariance is given up whose score can no longer catch up with another's: with
+# fewer components than clusters, each doubling may gain far more than the last.
+_MIN_COMPONENTS_TO_GIVE_UP = 16
 # Rows, and values in them, that maps and bases are fitted to. A mixture of 48 components may lose .01 nats by having
 # 7000 rows instead of 17 000.
 _MAX_FIT_ROWS, _MAX_FIT_VALUES = 50_000, 1_000_000
@@ -254,16 +257,19 @@ def _cross_fit_best_mixture(data: Folds, shapes: Sequence[_MixtureSettings], gen
         return _member_log_prob(members, sample.rows)[is_held_out]
 
     tried: list[_Trial] = []
+    sizes, best = _sizes(sample), -math.inf
     for shape in shapes:
-        best_of_type, stale = -math.inf, 0
-        for n_components in _sizes(sample):
+        scores: list[float] = []
+        stale = 0
+        for n_components in sizes:
             settings = shape._replace(n_components=n_components)
             tried.append(_Trial(settings, held_out_under(settings)))
             score = float(weight @ tried[-1].held_out) / float(weight.sum())
-            stale = 0 if score > best_of_type + 1e-3 else stale + 1
-            best_of_type = max(best_of_type, score)
-            if stale >= patience:
+            stale = 0 if score > max(scores, default=-math.inf) + 1e-3 else stale + 1
+            scores.append(score)
+            if stale >= patience or _most_to_come(scores, sizes) < best:
                 break
+        best = max(best, *scores)
     chosen = _most_frugal_of_the_best(tried, weight)
     # The prior pulls towards the pooled covariance, which tied ones are.
     is_pulled = not chosen.settings.covariance_type.startswith("tied")
@@ -274,6 +280,19 @@ def _cross_fit_best_mixture(data: Folds, shapes: Sequence[_MixtureSettings], gen
         trials = [_Trial(settings, held_out_under(settings)) for settings in looser]
         chosen = _most_frugal_of_the_best([t for t in trials if t.clearly_beats(chosen, weight)] or [chosen], weight)
     return cross_fit(lambda z, weights: chosen.settings.fit(z, weights, generator, n_runs=_FINAL_RUNS), data)
+
+
+def _most_to_come(scores: Sequence[float], sizes: Sequence[int]) -> float:
+    """Return the score (nats) that more components might reach at most, given those of the first sizes.
+
+    From one size to the next but one components double, and each doubling is taken to gain at most twice what the last
+    one did.
+    """
+    n_tried = len(scores)
+    if sizes[n_tried - 1] < _MIN_COMPONENTS_TO_GIVE_UP:
+        return math.inf
+    n_doublings = math.log2(sizes[-1] / sizes[n_tried - 1])
+    return scores[-1] + 2 * n_doublings * max(scores[-1] - scores[-3], 0.0)
 
 
 class _Trial(NamedTuple):

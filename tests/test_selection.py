@@ -1,5 +1,7 @@
 """Cross-fitted choices: no row judges what it helped to fit, and the right candidates win."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from sk_ebm import _selection
 from sk_ebm._folds import Folds
 from sk_ebm._mixture import fit_gaussian, mixture_of_mixtures
 from sk_ebm._selection import (
+    _most_to_come,
     _shapes_at_atoms,
     choose_feature_map,
     cross_fit,
@@ -222,3 +225,35 @@ def test_a_mixture_of_mixtures_is_one(rng):
     shares, z = torch.tensor([0.3, 0.7]).double(), torch.from_numpy(rng.normal(size=(9, 2)))
     expected = shares @ torch.stack([part.log_prob(z).exp() for part in parts])
     torch.testing.assert_close(mixture_of_mixtures(parts, shares).log_prob(z).exp(), expected)
+
+
+def test_a_shape_is_given_up_only_where_more_components_cannot_help_it():
+    sizes = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32]
+    # Each doubling gains half of what the last one gained, and with 16 a quarter of a nat: no more than twice that is
+    # to come.
+    slowing = [-10.0, -6.0, -5.0, -4.0, -3.5, -3.0, -2.8, -2.75]
+    assert _most_to_come(slowing, sizes) == pytest.approx(-2.75 + 2 * 0.25)
+    # With fewer components than clusters, nothing can be said.
+    assert _most_to_come(slowing[:-1], sizes) == math.inf
+    # What gets worse is not expected to get better.
+    assert _most_to_come([*slowing[:-1], -3.2], sizes) == pytest.approx(-3.2)
+
+
+def test_a_hopeless_shape_is_not_tried_to_the_end(rng, generator, monkeypatch):
+    tried = []
+    fit = _selection.fit_mixtures
+
+    def recorded(z, weights, n_components, *, covariance_type, **options):
+        tried.append((covariance_type, n_components))
+        return fit(z, weights, n_components, covariance_type=covariance_type, **options)
+
+    monkeypatch.setattr(_selection, "fit_mixtures", recorded)
+    # A thin bent sheet: round components never get there, though more of them always help.
+    t = rng.uniform(-1, 1, size=(800, 1))
+    data = folds(np.hstack([t, t + 0.003 * rng.normal(size=(800, 3)), t**2]), 2)
+    feature_map = fit_feature_map(data.rows, data.weight, use_margins=False)
+    cross_fit_bases(data, ["mixture"], feature_map, generator)
+    most = {shape: max(k for name, k in tried if name == shape) for shape, _ in tried}
+    assert most["full"] > 1
+    assert 16 <= most["spherical"] < 64
+    assert 16 <= most["tied_spherical"] < 64
