@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from sk_ebm._base_flows import BASE_FLOW_PATIENCE, MIN_FEATURES, BaseFlows, base_flow_layers, base_flow_steps
 from sk_ebm._bounds import BoundsMap
 from sk_ebm._energy import WhitenedEnergies
 from sk_ebm._flow import CouplingFlow
@@ -33,11 +34,9 @@ from sk_ebm._selection import (
     choose_feature_map,
     cross_fit_bases,
     max_fit_rows,
-    mix_members,
     name_of,
-    shares_of_parts,
 )
-from sk_ebm._stacking import DensityMixture, gain_by_chance, mixture_shares, stacking_shares
+from sk_ebm._stacking import DensityMixture, stacking_shares
 from sk_ebm._support import FeatureMap, fit_feature_map
 from sk_ebm._training import (
     ENDED_BY_USER,
@@ -50,16 +49,8 @@ from sk_ebm._training import (
 )
 from sk_ebm._types import Density
 
-# Nats that a flow must add to the best candidate when both are pooled, beyond what chance adds: a base of flows costs
-# more than all others together. A small one may count so much of its own gain in advance for a larger one to be tried.
-_MIN_FLOW_LEAD, _GAIN_OF_SIZE = 0.05, 0.25
-# In fewer features energies learn whatever a flow does.
-_MIN_FEATURES_OF_FLOWS = 3
-# Steps and patience (checks) of the flow that proposes, and of those that are bases.
+# Steps and patience (checks) of the flow that proposes.
 _FLOW_STEPS, _FLOW_PATIENCE = 300, 4
-_BASE_FLOW_PATIENCE, _MIN_BASE_FLOW_STEPS, _MAX_BASE_FLOW_STEPS = 8, 1000, 8000
-# Coupling layers of flows that are bases, and the rows from which on there are more.
-_BASE_FLOW_LAYERS, _MORE_LAYERS, _ROWS_FOR_MORE_LAYERS = 4, 6, 10_000
 # What to fit before energies are trained; the Gaussian is what others are measured by.
 _KINDS: dict[str, tuple[str, ...]] = {
     "auto": ("gaussian", HEAVY_TAILED),
@@ -158,7 +149,9 @@ def fit_model(
         trained = trainer.train_candidates(bases)
     else:
         trained = trainer.train_on(previous.candidates)
-    candidates = [candidate for candidate in trained if candidate.result.outcome is not Outcome.LEFT_BEHIND]
+    # Flows that left all others behind are nearly sure to be there in the end, but not quite.
+    candidates = [c for c in trained if c.result.outcome is not Outcome.LEFT_BEHIND] or trained
+    left_behind = [c for c in trained if c.name not in {candidate.name for candidate in candidates}]
     candidates = trainer.temper(candidates)
     held_out, is_covered = trainer.held_out_log_prob(candidates)
     of_judged, judged = trainer.of_judged(held_out), trainer.judged.weight.cpu().double()
@@ -167,7 +160,6 @@ def fit_model(
     tol = settings.train.tol
     shares = group.from_first(lambda: stacking_shares(of_judged, judged, is_covered, is_cheap, tol))
     share_of = {c.name: 0.0 for c in trained} | {c.name: share for c, share in zip(candidates, shares, strict=True)}
-    left_behind = [candidate for candidate in trained if candidate.result.outcome is Outcome.LEFT_BEHIND]
     candidates = [*candidates, *left_behind]
     fitted = group.from_first(lambda: _assemble(feature_map, candidates, share_of, log_det, generator, std_error))
     log_shares = torch.tensor(shares, dtype=torch.float64).log().unsqueeze(-1)
@@ -213,20 +205,6 @@ def estimate_log_normalizer_of(
 def _worthwhile_std_error(n_rows: int) -> float:
     """Return an error of log Z (nats) that is small against what n rows say about the log-likelihood, 1 / sqrt(n)."""
     return min(0.01, max(0.001, 0.15 / math.sqrt(n_rows)))
-
-
-def _base_flow_steps(n_rows: int, n_energy_steps: int) -> int:
-    """Return how many steps flows that are bases may take: more rows have more to teach.
-
-    Fewer where energies have fewer than such flows have at least.
-    """
-    steps = min(max(int(100 * n_rows ** (1 / 3)), _MIN_BASE_FLOW_STEPS), _MAX_BASE_FLOW_STEPS)
-    return min(steps, steps * n_energy_steps // _MIN_BASE_FLOW_STEPS)
-
-
-def _base_flow_layers(n_rows: int) -> int:
-    """Return how many coupling layers flows that are bases have: more pay only where rows are many."""
-    return _BASE_FLOW_LAYERS if n_rows < _ROWS_FOR_MORE_LAYERS else _MORE_LAYERS
 
 
 @contextmanager
@@ -277,14 +255,17 @@ class _Trainer:
         self._fit_flows([flow], [0], min(_FLOW_STEPS, self.n_energy_steps), _FLOW_PATIENCE)
         candidates: list[Candidate] = []
         asked, likeliest = name_of(self.settings.base), max(bases, key=lambda name: bases[name].score)
+        base_flows = self._make_base_flows(flow, bases)
+        rival_score = base_flows.rival_score(likeliest) if asked == "auto" else -math.inf
         # What fits best first, so that the others have something to catch up with.
         for name in {"auto": dict.fromkeys((likeliest, "gaussian")), "flow": ()}.get(asked, (asked,)):
-            rival_score = max((c.result.held_out_log_likelihood for c in candidates), default=-math.inf)
             candidates.append(self._start(name, bases[name].members, flow, rival_score))
+            rival_score = max(rival_score, candidates[-1].result.held_out_log_likelihood)
             if candidates[-1].result.outcome in ENDED_BY_USER:
                 return candidates
         try:
-            flows = self._flow_bases(flow, bases, candidates)
+            gains = {c.name: c.result.held_out_log_likelihood - bases[c.name].score for c in candidates}
+            flows = base_flows.fit_all() if asked == "flow" else base_flows.fit_if_worth_it(gains)
         except KeyboardInterrupt:
             if self.group.size > 1 or not candidates:
                 raise
@@ -310,70 +291,21 @@ class _Trainer:
                 candidates.append(self.train(old.name, old.model, old.flow, settings))
         return candidates
 
-    def _flow_bases(
-        self, small_flow: CouplingFlow, bases: dict[str, Bases], candidates: list[Candidate]
-    ) -> Sequence[Density]:
-        """Fit a flow per member if `base` asks for it, or if one on fold 0 adds enough to the best candidate.
+    def _make_base_flows(self, small_flow: CouplingFlow, bases: dict[str, Bases]) -> BaseFlows:
+        """Prepare a flow per member where `base` asks for flows or may choose them."""
+        is_possible = self.settings.base == "auto" and self.data.rows.shape[1] >= MIN_FEATURES
+        n_flows = self.data.n_members if self.settings.base == "flow" or is_possible else 0
 
-        `small_flow` is the one that proposes, fitted on the same rows. It tells whether a larger one is worth a try.
-        """
-        is_auto = self.settings.base == "auto"
-        if self.settings.base != "flow" and not is_auto:
-            return []
-        if is_auto and self.data.rows.shape[1] < _MIN_FEATURES_OF_FLOWS:
-            return []
-        # Where no row tells, the lead is no number.
-        if is_auto and not self._lead(small_flow, bases, candidates, _GAIN_OF_SIZE) >= _MIN_FLOW_LEAD:
-            return []
-        max_steps = _base_flow_steps(self.n_rows, self.n_energy_steps)
-        members = list(range(self.data.n_members))
-        # Axes of their own make them differ more, so their mean gains more.
-        flows = [self._make_flow(n_layers=_base_flow_layers(self.n_rows), own_axes=True) for _ in members]
-        for part in filter(None, [members[:1], members[1:]] if is_auto else [members]):
-            self.settings.announce(f"base flow, fitting {len(part)} of {len(members)} flows")
-            self._fit_flows([flows[k] for k in part], part, max_steps, _BASE_FLOW_PATIENCE)
-            if is_auto and part == [0] and not self._lead(flows[0], bases, candidates) >= _MIN_FLOW_LEAD:
-                return []
-        return self._with_tails(flows, bases[HEAVY_TAILED].members) if is_auto else flows
+        def make_flow() -> CouplingFlow:
+            # Axes of their own make them differ more, so their mean gains more.
+            return self._make_flow(n_layers=base_flow_layers(self.n_rows), own_axes=True)
 
-    def _with_tails(self, flows: Sequence[Density], bases: list[Density]) -> list[Density]:
-        """Mix each flow with the base of its member: beyond the rows that it has seen, a flow knows no tails."""
-        parts = [flows, [copy.deepcopy(base).to(self.judged.rows) for base in bases]]
-        # Decided in one process, or rounding might make them part ways.
-        return mix_members(parts, self.group.from_first(lambda: shares_of_parts(parts, self.judged)))
+        def fit(flows: list[CouplingFlow], held_out_folds: list[int]) -> None:
+            self.settings.announce(f"base flow, fitting {len(flows)} of {n_flows} flows")
+            max_steps = base_flow_steps(self.n_rows, self.n_energy_steps)
+            self._fit_flows(flows, held_out_folds, max_steps, BASE_FLOW_PATIENCE)
 
-    @torch.no_grad()
-    def _lead(
-        self, flow: Density, bases: dict[str, Bases], candidates: list[Candidate], gain_of_size: float = 0.0
-    ) -> float:
-        """Return what a flow adds to the best candidate when both are pooled, in nats per row of fold 0 beyond chance.
-
-        By itself it may be far behind, for a few rows beyond those that it has seen: it knows no tails. Of a candidate,
-        its base is measured on the same rows, and what the energies add to it on all, because folds differ by far more
-        than candidates do where there are outliers. The flow counts so much of its own gain over a Gaussian in advance.
-        """
-        is_held_out = (self.judged.fold == 0) & (self.judged.weight > 0)
-        rows, weight = self.judged.rows[is_held_out], self.judged.weight[is_held_out].cpu().double()
-
-        def mean(log_prob: torch.Tensor) -> float:
-            return float(weight @ log_prob / weight.sum())
-
-        def log_prob_of(density: Density, rows: torch.Tensor) -> torch.Tensor:
-            return density.log_prob(rows).cpu().double().nan_to_num(nan=-math.inf, neginf=-math.inf)
-
-        of_candidates = [
-            log_prob_of(bases[c.name].members[0], rows.cpu().double())
-            + (c.result.held_out_log_likelihood - bases[c.name].score)
-            for c in candidates
-        ]
-        of_best = max(of_candidates, key=mean)
-        of_flow = log_prob_of(flow, rows)
-        of_gaussian = log_prob_of(bases["gaussian"].members[0], rows.cpu().double())
-        gain = max(0.0, mean(of_flow) - mean(of_gaussian))
-        both = torch.stack([of_flow + gain_of_size * gain, of_best])
-        pooled = (both + mixture_shares(both, weight).log().unsqueeze(-1)).logsumexp(0)
-        # Decided in one process, or rounding might make them part ways.
-        return self.group.from_first(lambda: mean(pooled) - mean(of_best) - gain_by_chance(weight))
+        return BaseFlows(make_flow, n_flows, small_flow, fit, bases, self.judged, self.group)
 
     def train(
         self,

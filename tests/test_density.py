@@ -10,11 +10,7 @@ from sklearn.datasets import load_iris
 from torch import nn
 
 from sk_ebm import EBMFlowDensity, LowEffectiveSampleSizeWarning, TrainingWarning
-from sk_ebm._fitting import _base_flow_layers, _base_flow_steps, _Trainer
-from sk_ebm._folds import Folds
-from sk_ebm._mixture import Mixture
-from sk_ebm._parallel import ALONE
-from sk_ebm._selection import Bases
+from sk_ebm._base_flows import Lead
 from sk_ebm._training import Outcome
 
 QUICK = {
@@ -497,13 +493,15 @@ def test_an_interrupt_before_training_leaves_the_previous_fit(monkeypatch):
 
 def test_flows_that_add_to_the_pool_join_without_energies_on_top(monkeypatch, capsys):
     monkeypatch.setattr("sk_ebm._fitting._MAX_DRAWS", 20_000)
-    monkeypatch.setattr("sk_ebm._fitting._Trainer._lead", lambda *arguments: 1.0)
+    monkeypatch.setattr("sk_ebm._base_flows.BaseFlows._lead", lambda *arguments: Lead(1.0, 0.0))
     monkeypatch.setattr(
         "sk_ebm._fitting.stacking_shares", lambda held_out, *others: [0.0] * (len(held_out) - 1) + [1.0]
     )
     X = two_clusters(90, 3)
     model = quick(base="auto", verbose=1).fit(X)
-    assert "fitting 1 of 2 flows" in capsys.readouterr().out
+    progress = capsys.readouterr().out
+    # The first tells how good energies must be, so it comes before them.
+    assert 0 < progress.index("fitting 1 of 2 flows") < progress.index("iteration") < progress.rindex("fitting 1 of 2")
     assert model.base_["name"] == "flow"
     assert model.outcome_ == Outcome.UNTRAINED.value
     assert model.converged_
@@ -517,15 +515,14 @@ def test_flows_that_add_to_the_pool_join_without_energies_on_top(monkeypatch, ca
     assert alone.score_samples(1e4 + X[:1]) < -1e5
 
 
-@pytest.mark.parametrize(("n_rows", "n_steps"), [(20, 1000), (1000, 1000), (8000, 2000), (10**6, 8000), (10**9, 8000)])
-def test_flows_take_more_steps_where_they_have_more_rows(n_rows, n_steps):
-    assert _base_flow_steps(n_rows, 120 * 16) in range(n_steps - 1, n_steps + 1)
-    # Where energies have hardly any, neither have flows.
-    assert _base_flow_steps(n_rows, 10) in range(n_steps // 100 - 1, n_steps // 100 + 1)
-
-
-def test_flows_are_deeper_where_rows_are_many():
-    assert _base_flow_layers(9999) < _base_flow_layers(10_000)
+def test_energies_that_flows_left_behind_stay_if_the_flows_are_not_kept(monkeypatch):
+    leads = iter([Lead(5.0, 0.0), Lead(5.0, 0.0), Lead(0.0, 0.0)])
+    monkeypatch.setattr("sk_ebm._base_flows.BaseFlows._lead", lambda *arguments: next(leads))
+    X = two_clusters(90, 3)
+    model = quick(base="auto").fit(X)
+    assert model.outcome_ == Outcome.LEFT_BEHIND.value
+    assert "flow" not in model.base_["shares"]
+    assert np.isfinite(model.score(X))
 
 
 def test_steps_of_flows_are_not_held_to_those_of_energies(monkeypatch):
@@ -545,51 +542,14 @@ def test_steps_of_flows_are_not_held_to_those_of_energies(monkeypatch):
 
 def test_an_interrupt_while_flows_are_fitted_keeps_what_is_trained(monkeypatch):
     X = two_clusters(90, 3)
-    monkeypatch.setattr("sk_ebm._fitting._Trainer._flow_bases", Mock(side_effect=KeyboardInterrupt))
+    monkeypatch.setattr("sk_ebm._base_flows.BaseFlows.fit_if_worth_it", Mock(side_effect=KeyboardInterrupt))
+    monkeypatch.setattr("sk_ebm._base_flows.BaseFlows.fit_all", Mock(side_effect=KeyboardInterrupt))
     with pytest.warns(TrainingWarning, match="interrupted"):
         model = quick(base="auto").fit(X)
     assert Outcome.INTERRUPTED.value in model.outcome_
     assert np.isfinite(model.score(X))
     with pytest.raises(KeyboardInterrupt):
         quick(base="flow").fit(X)
-
-
-def test_a_flow_is_worth_what_it_adds_to_the_best_candidate_on_the_rows_it_was_judged_by():
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(400, 1, generator=generator)
-    # A few outliers, on fold 0 alone.
-    rows[:4] = 30.0
-    data = Folds(rows, torch.ones(400), torch.arange(400) // 200, 2)
-
-    def gaussian(scale):
-        mean, scale = torch.zeros(1, 1), torch.full((1, 1, 1), scale)
-        return Mixture(torch.zeros(1).double(), mean.double(), scale.double())
-
-    def bases(density):
-        log_prob = torch.stack([density.log_prob(rows.double())] * 2)
-        return Bases([density] * 2, data.held_out_mean(log_prob))
-
-    of_kind = {"gaussian": bases(gaussian(6.0)), "mixture": bases(gaussian(5.0))}
-    trainer = Mock(judged=data, group=ALONE)
-
-    def lead(flow, gain_of_energies=0.0, gain_of_size=0.0):
-        candidate = Mock(result=Mock(held_out_log_likelihood=of_kind["mixture"].score + gain_of_energies))
-        candidate.name = "mixture"
-        return _Trainer._lead(trainer, flow.float(), of_kind, [candidate], gain_of_size)
-
-    # What is of no use has no lead: 200 rows may make it seem some .01 nats better.
-    by_chance = 2 / 200
-    assert abs(lead(gaussian(5.0)) + by_chance) < 1e-4
-    # It knows nearly all rows far better, and yet has the lower likelihood.
-    narrow = gaussian(1.0)
-    on_fold_0 = rows[:200].double()
-    assert narrow.log_prob(on_fold_0).mean() < gaussian(5.0).log_prob(on_fold_0).mean() - 1
-    assert lead(narrow) > 0.5
-    assert lead(narrow, gain_of_energies=0.5) < lead(narrow) - 0.3
-    assert lead(gaussian(5.5), gain_of_size=0.25) > lead(gaussian(5.5)) + 0.001
-    # A flow that overflows on every row adds nothing.
-    narrow.log_prob = lambda z: torch.full((len(z),), torch.nan)
-    assert abs(lead(narrow) + by_chance) < 1e-6
 
 
 class TestCallbacks:

@@ -29,7 +29,7 @@ LAYERS = [
     {"_student_t", "_model", "_rows", "_support"},
     {"_selection"},
     {"_sampler"},
-    {"_training", "_flow_fitting"},
+    {"_training", "_flow_fitting", "_base_flows"},
     {"_fitting"},
     {"_density"},
     {"_proportions"},
