@@ -80,12 +80,16 @@ class BaseFlows:
     def rival_score(self, likeliest: str) -> float:
         """Return the score (nats) that energies must promise, or flows win for sure.
 
-        To know it, the first flow is fitted if the small one pays by itself on top of the likeliest base.
+        To know it, the first flow is fitted if the small one pays by itself on top of the likeliest base. If it does so
+        for sure, all are: side by side they take less time than one and then the others.
         """
         untrained = {likeliest: 0.0}
-        if not self.n_flows or not self._lead(self.small_flow, untrained).is_worth_it():
+        if not self.n_flows:
             return -math.inf
-        self._fit_up_to(1)
+        lead_of_small = self._lead(self.small_flow, untrained)
+        if not lead_of_small.is_worth_it():
+            return -math.inf
+        self._fit_up_to(self.n_flows if lead_of_small.surely_worth_it_up_to() > 0 else 1)
         return self.bases[likeliest].score + self._lead(self.fitted[0], untrained).surely_worth_it_up_to()
 
     def fit_if_worth_it(self, gains: Mapping[str, float]) -> list[Density]:

@@ -103,7 +103,7 @@ class TestBaseFlows:
         return make
 
     def test_a_small_flow_that_leads_has_the_first_fitted_before_energies(self, make):
-        flows, fitted_folds = make(small=1.2, large=1.0)
+        flows, fitted_folds = make(small=1.84, large=1.0)
         rival = flows.rival_score("heavy_tailed_mixture")
         assert fitted_folds() == [[0]]
         base = flows.bases["heavy_tailed_mixture"]
@@ -115,8 +115,16 @@ class TestBaseFlows:
         # Nothing is fitted twice.
         assert fitted_folds() == [[0], [1]]
 
-    def test_energies_that_do_as_well_save_the_other_flows(self, make):
+    def test_all_are_fitted_side_by_side_where_the_small_one_leads_for_sure(self, make):
         flows, fitted_folds = make(small=1.2, large=1.0)
+        assert flows.rival_score("heavy_tailed_mixture") > flows.bases["heavy_tailed_mixture"].score
+        assert len(flows.fit_if_worth_it({"heavy_tailed_mixture": 0.0})) == 2
+        assert fitted_folds() == [[0, 1]]
+        # They take long to score, so they still have to pay.
+        assert flows.fit_if_worth_it({"heavy_tailed_mixture": 1.0}) == []
+
+    def test_energies_that_do_as_well_save_the_other_flows(self, make):
+        flows, fitted_folds = make(small=1.84, large=1.0)
         rival = flows.rival_score("heavy_tailed_mixture")
         assert flows.fit_if_worth_it({"heavy_tailed_mixture": 1.0}) == []
         assert fitted_folds() == [[0]]
