@@ -11,7 +11,7 @@ from sk_ebm._flow import CouplingFlow
 from sk_ebm._folds import Folds
 from sk_ebm._parallel import Group
 from sk_ebm._selection import HEAVY_TAILED, Bases, mix_members, shares_of_parts
-from sk_ebm._stacking import gain_by_chance, mixture_shares
+from sk_ebm._stacking import gain_by_chance, mean_and_std_error, mixture_shares
 from sk_ebm._types import Density
 
 # In fewer features energies learn whatever a flow does.
@@ -170,6 +170,5 @@ def lead_of_flow(
     own_gain = max(0.0, mean(of_flow) - mean(of_base("gaussian")))
     both = torch.stack([of_flow + gain_of_size * own_gain, of_best])
     added = (both + mixture_shares(both, weight).log().unsqueeze(-1)).logsumexp(0) - of_best
-    share = weight / weight.sum()
-    std_error = float((share.square() @ (added - mean(added)).square()).sqrt())
-    return Lead(mean(added) - gain_by_chance(weight), std_error)
+    value, std_error = mean_and_std_error(added, weight)
+    return Lead(value - gain_by_chance(weight), std_error)

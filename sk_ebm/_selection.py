@@ -18,7 +18,7 @@ from sk_ebm._mixture import (
     kmeans_labels,
     mixture_of_mixtures,
 )
-from sk_ebm._stacking import DensityMixture, mixture_shares, shares_with_prior
+from sk_ebm._stacking import DensityMixture, mean_and_std_error, mixture_shares, shares_with_prior
 from sk_ebm._student_t import fit_student_t
 from sk_ebm._support import FeatureMap, fit_feature_map
 from sk_ebm._types import Density
@@ -275,8 +275,8 @@ def _cross_fit_best_mixture(data: Folds, shapes: Sequence[_MixtureSettings], gen
     is_pulled = not chosen.settings.covariance_type.startswith("tied")
     if is_pulled and chosen.settings.prior_count > _LOOSER_PRIOR_COUNT:
         # Fewer may do as well: too wide a component is stood in for by many.
-        sizes = [size for size in _sizes(sample) if size <= chosen.settings.n_components]
-        looser = [chosen.settings._replace(prior_count=_LOOSER_PRIOR_COUNT, n_components=size) for size in sizes]
+        no_more = [size for size in sizes if size <= chosen.settings.n_components]
+        looser = [chosen.settings._replace(prior_count=_LOOSER_PRIOR_COUNT, n_components=size) for size in no_more]
         trials = [_Trial(settings, held_out_under(settings)) for settings in looser]
         chosen = _most_frugal_of_the_best([t for t in trials if t.clearly_beats(chosen, weight)] or [chosen], weight)
     return cross_fit(lambda z, weights: chosen.settings.fit(z, weights, generator, n_runs=_FINAL_RUNS), data)
@@ -303,9 +303,7 @@ class _Trial(NamedTuple):
 
     def lead_over(self, other: "_Trial", weight: torch.Tensor) -> tuple[float, float]:
         """Return by how much (nats per row) this one is better, and the standard error of that."""
-        share, lead = weight / weight.sum(), self.held_out - other.held_out
-        mean = share @ lead
-        return float(mean), float((share.square() @ (lead - mean).square()).sqrt())
+        return mean_and_std_error(self.held_out - other.held_out, weight)
 
     def clearly_beats(self, other: "_Trial", weight: torch.Tensor) -> bool:
         """Return whether this one is better by more than noise."""

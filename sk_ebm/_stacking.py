@@ -135,6 +135,13 @@ def _effective_count(weight: torch.Tensor) -> float:
     return float(weight.double().sum().square() / weight.double().square().sum())
 
 
+def mean_and_std_error(values: torch.Tensor, weight: torch.Tensor) -> tuple[float, float]:
+    """Return the weighted mean of values of rows and its standard error."""
+    share = weight / weight.sum()
+    mean = share @ values
+    return float(mean), float((share.square() @ (values - mean).square()).sqrt())
+
+
 def gain_by_chance(weight: torch.Tensor) -> float:
     """Return the nats per row that a density of no use seldom adds to a mixture fitted to rows of these weights."""
     return _TOTAL_GAIN_BY_CHANCE / _effective_count(weight)
