@@ -49,7 +49,8 @@ class MLPEnergies(nn.Module):
         *layers, (weight, bias) = zip(self.weights, self.biases, strict=True)
         for hidden_weight, hidden_bias in layers:
             hidden = nn.functional.silu(torch.baddbmm(hidden_bias, hidden, hidden_weight))
-        return torch.baddbmm(bias, hidden, weight).squeeze(-1)
+        # A matrix product with a single column is several times slower, forwards and backwards.
+        return (hidden * weight.mT).sum(-1) + bias.squeeze(-1)
 
     def _append(self, n_in: int, n_out: int, bound: float) -> None:
         self.weights.append(nn.Parameter(torch.empty(self.n_members, n_in, n_out).uniform_(-bound, bound)))

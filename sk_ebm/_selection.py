@@ -189,8 +189,11 @@ class _MixtureSettings(NamedTuple):
         shape = self.covariance_type.removeprefix("tied_")
         per_covariance = {"full": full, "tied": full, "diag": d, "spherical": 1}[shape]
         n_covariances = 1 if "tied" in self.covariance_type else self.n_components
-        n_scales = self.n_frame_parameters if shape == "spherical" else 0
-        return self.n_components * d + n_covariances * per_covariance + n_scales
+        return self.n_components * d + n_covariances * per_covariance + self.n_scales()
+
+    def n_scales(self) -> int:
+        """Count the scales that a sphere takes over from the frame."""
+        return self.n_frame_parameters if self.covariance_type.endswith("spherical") else 0
 
 
 def _search_mixture(data: Folds, feature_map: FeatureMap, generator: torch.Generator) -> Bases:
@@ -254,7 +257,9 @@ def _cross_fit_best_mixture(data: Folds, shapes: Sequence[_MixtureSettings], gen
         if start not in labels:
             labels[start] = kmeans_labels(first @ settings.frame, first_weight, settings.n_components, generator)
         members = settings.fit(sample.rows, train_weight, generator, tol=1e-3, labels=labels[start])
-        return _member_log_prob(members, sample.rows)[is_held_out]
+        # Scales that are fitted to all rows flatter those held out by one nat each in all (Akaike 1974).
+        optimism = settings.n_scales() / len(data.rows)
+        return _member_log_prob(members, sample.rows)[is_held_out] - optimism
 
     tried: list[_Trial] = []
     sizes, best = _sizes(sample), -math.inf
