@@ -25,6 +25,8 @@ from sk_ebm._types import Density
 
 _N_COMPONENTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 _MIN_ROWS_PER_COMPONENT = 10
+# Up to so many components, the sizes left out below the best one are tried too.
+_MAX_FINE_SIZE = 16
 # So many at least before a shape of the covariance is given up whose score can no longer catch up with another's: with
 # fewer components than clusters, each doubling may gain far more than the last.
 _MIN_COMPONENTS_TO_GIVE_UP = 16
@@ -38,16 +40,20 @@ _MAX_SEARCH_ROWS = 3000
 _HOPELESS = 0.5
 # Standard errors of the paired difference within which two settings of a mixture count as equally good.
 _PARSIMONY = 0.5
-# Rows that the prior of each covariance counts for instead, where that is better by so many standard errors: components
-# that differ in size or direction are pulled towards what is too wide for some of them.
-_LOOSER_PRIOR_COUNT, _CLEARLY = 0.03, 2.0
+# Rows that the prior of each covariance counts for instead, one after the other, where that is better by so many
+# standard errors: components that differ in size or direction are pulled towards what is too wide for some of them.
+_LOOSER_PRIOR_COUNTS, _CLEARLY = (0.03, 0.001), 2.0
+# And those of full covariances: components of few rows that are much alike are best pulled together. In fewer features
+# they have rows enough.
+_TIGHTER_PRIOR_COUNT, _PROBABLY, _MIN_FEATURES_TO_TIGHTEN = 10.0, 1.0, 3
 # Where so many rows share the value of a feature, components as narrow as the rounding may be worth a try, which the
 # prior of their covariances would forbid.
 _MIN_SHARE_OF_ATOM, _MIN_ROWS_OF_ATOM, _PRIOR_COUNT_AT_ATOMS, _MIN_SHARE_AT_ATOMS = 0.02, 5, 1e-6, 0.05
 # What the mixture that a Student t joins is called.
 HEAVY_TAILED = "heavy_tailed_mixture"
-# EM has local optima: the mixture chosen is fitted several times, and the likeliest fit is kept.
-_FINAL_RUNS = 3
+# EM has local optima: the mixture chosen is fitted several times, and the likeliest fit is kept. So are those of few
+# components and full covariances in the search, where one that starts in the wrong place costs most.
+_FINAL_RUNS, _RUNS_OF_FEW, _FEW_COMPONENTS = 3, 3, 8
 
 
 # Fits a density to rows z (n, d) and their weights (n,), some of them zero.
@@ -191,6 +197,11 @@ class _MixtureSettings(NamedTuple):
         n_covariances = 1 if "tied" in self.covariance_type else self.n_components
         return self.n_components * d + n_covariances * per_covariance + self.n_scales()
 
+    def n_search_runs(self) -> int:
+        """Return how many fits tell how good these settings are."""
+        is_uneven = self.covariance_type == "full" and 1 < self.n_components <= _FEW_COMPONENTS
+        return _RUNS_OF_FEW if is_uneven else 1
+
     def n_scales(self) -> int:
         """Count the scales that a sphere takes over from the frame."""
         return self.n_frame_parameters if self.covariance_type.endswith("spherical") else 0
@@ -250,41 +261,66 @@ def _cross_fit_best_mixture(data: Folds, shapes: Sequence[_MixtureSettings], gen
     # With few features EM is cheap and its likelihood is bumpy in the number of components; with many, neither.
     patience = 5 if data.rows.shape[1] <= 3 else 2
     # Shapes that are meant in the same coordinates start from the same labels.
-    labels: dict[tuple[int, int], torch.Tensor] = {}
+    labels: dict[tuple[int, int, int], torch.Tensor] = {}
 
     def held_out_under(settings: _MixtureSettings) -> torch.Tensor:
-        start = id(settings.frame), settings.n_components
+        n_runs = settings.n_search_runs()
+        start = id(settings.frame), settings.n_components, n_runs
         if start not in labels:
-            labels[start] = kmeans_labels(first @ settings.frame, first_weight, settings.n_components, generator)
-        members = settings.fit(sample.rows, train_weight, generator, tol=1e-3, labels=labels[start])
+            run_weight = first_weight.repeat_interleave(n_runs, 0)
+            labels[start] = kmeans_labels(first @ settings.frame, run_weight, settings.n_components, generator)
+        members = settings.fit(sample.rows, train_weight, generator, tol=1e-3, labels=labels[start], n_runs=n_runs)
         # Scales that are fitted to all rows flatter those held out by one nat each in all (Akaike 1974).
         optimism = settings.n_scales() / len(data.rows)
         return _member_log_prob(members, sample.rows)[is_held_out] - optimism
 
-    tried: list[_Trial] = []
-    sizes, best = _sizes(sample), -math.inf
-    for shape in shapes:
+    sizes, best_scores = _sizes(sample), [-math.inf]
+
+    def trials_of(shape: _MixtureSettings) -> list[_Trial]:
+        trials: list[_Trial] = []
         scores: list[float] = []
         stale = 0
         for n_components in sizes:
             settings = shape._replace(n_components=n_components)
-            tried.append(_Trial(settings, held_out_under(settings)))
-            score = float(weight @ tried[-1].held_out) / float(weight.sum())
+            trials.append(_Trial(settings, held_out_under(settings)))
+            score = float(weight @ trials[-1].held_out) / float(weight.sum())
             stale = 0 if score > max(scores, default=-math.inf) + 1e-3 else stale + 1
             scores.append(score)
-            if stale >= patience or _most_to_come(scores, sizes) < best:
+            if stale >= patience or _most_to_come(scores, sizes) < max(best_scores):
                 break
-        best = max(best, *scores)
-    chosen = _most_frugal_of_the_best(tried, weight)
+        best_scores.append(max(scores))
+        return trials
+
+    chosen = _most_frugal_of_the_best([trial for shape in shapes for trial in trials_of(shape)], weight)
+    is_usual_prior = chosen.settings.prior_count == PRIOR_COUNT
     # The prior pulls towards the pooled covariance, which tied ones are.
-    is_pulled = not chosen.settings.covariance_type.startswith("tied")
-    if is_pulled and chosen.settings.prior_count > _LOOSER_PRIOR_COUNT:
-        # Fewer may do as well: too wide a component is stood in for by many.
-        no_more = [size for size in sizes if size <= chosen.settings.n_components]
-        looser = [chosen.settings._replace(prior_count=_LOOSER_PRIOR_COUNT, n_components=size) for size in no_more]
-        trials = [_Trial(settings, held_out_under(settings)) for settings in looser]
-        chosen = _most_frugal_of_the_best([t for t in trials if t.clearly_beats(chosen, weight)] or [chosen], weight)
+    if is_usual_prior and not chosen.settings.covariance_type.startswith("tied"):
+        for prior_count in _LOOSER_PRIOR_COUNTS:
+            # Fewer may do as well: too wide a component is stood in for by many.
+            no_more = [size for size in sizes if size <= chosen.settings.n_components]
+            looser = [chosen.settings._replace(prior_count=prior_count, n_components=size) for size in no_more]
+            trials = [_Trial(settings, held_out_under(settings)) for settings in looser]
+            better = [trial for trial in trials if trial.beats(chosen, weight, _CLEARLY)]
+            if not better:
+                break
+            chosen = _most_frugal_of_the_best(better, weight)
+    if is_usual_prior and data.rows.shape[1] >= _MIN_FEATURES_TO_TIGHTEN:
+        full = next(shape for shape in shapes if shape.covariance_type == "full")
+        tighter = _most_frugal_of_the_best(trials_of(full._replace(prior_count=_TIGHTER_PRIOR_COUNT)), weight)
+        if tighter.beats(chosen, weight, _PROBABLY):
+            chosen = tighter
+    # A cluster less is much where there are few of them, and the sizes tried leave some out.
+    while (between := _halfway_down(sizes, chosen.settings.n_components)) is not None:
+        sizes = sorted([*sizes, between])
+        fewer = chosen.settings._replace(n_components=between)
+        chosen = _likeliest([chosen, _Trial(fewer, held_out_under(fewer))], weight)
     return cross_fit(lambda z, weights: chosen.settings.fit(z, weights, generator, n_runs=_FINAL_RUNS), data)
+
+
+def _halfway_down(sizes: Sequence[int], size: int) -> int | None:
+    """Return the size halfway from a small one to the next smaller one of those tried, or None."""
+    below = max((other for other in sizes if other < size), default=size)
+    return (below + size) // 2 if size <= _MAX_FINE_SIZE and size - below > 1 else None
 
 
 def _most_to_come(scores: Sequence[float], sizes: Sequence[int]) -> float:
@@ -310,15 +346,19 @@ class _Trial(NamedTuple):
         """Return by how much (nats per row) this one is better, and the standard error of that."""
         return mean_and_std_error(self.held_out - other.held_out, weight)
 
-    def clearly_beats(self, other: "_Trial", weight: torch.Tensor) -> bool:
-        """Return whether this one is better by more than noise."""
+    def beats(self, other: "_Trial", weight: torch.Tensor, n_std_errors: float) -> bool:
+        """Return whether this one is better by more than so many standard errors."""
         lead, std_error = self.lead_over(other, weight)
-        return lead > _CLEARLY * std_error
+        return lead > n_std_errors * std_error
+
+
+def _likeliest(tried: Sequence[_Trial], weight: torch.Tensor) -> _Trial:
+    return max(tried, key=lambda trial: float(weight @ trial.held_out))
 
 
 def _most_frugal_of_the_best(tried: Sequence[_Trial], weight: torch.Tensor) -> _Trial:
     """Return the trial of fewest parameters that held-out rows can hardly tell apart from the best."""
-    best = max(tried, key=lambda trial: float(weight @ trial.held_out))
+    best = _likeliest(tried, weight)
     equally_good = []
     for trial in tried:
         loss, std_error = best.lead_over(trial, weight)

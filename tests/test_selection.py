@@ -11,6 +11,7 @@ from sk_ebm import _selection
 from sk_ebm._folds import Folds
 from sk_ebm._mixture import fit_gaussian, mixture_of_mixtures
 from sk_ebm._selection import (
+    _halfway_down,
     _most_to_come,
     _shapes_at_atoms,
     choose_feature_map,
@@ -100,6 +101,54 @@ def test_thin_components_are_not_pulled_towards_what_is_wide_in_others(n, rng, g
     loss = [float((log_prob_of_cross(new) - member.log_prob(z) - log_det).mean()) for member in bases.members]
     # A count of one row for the prior costs .03 nats with 1000 rows, and .2 with 200.
     assert np.mean(loss) < 10 / n
+
+
+def draw_clusters(unlikeness, rng, n_features=10, n_clusters=4):
+    """Return a function that draws rows of clusters whose covariances are more or less alike."""
+    shape = n_clusters, n_features, n_features
+    factors = np.eye(n_features) + unlikeness * rng.normal(size=shape)
+    centres = 3 * rng.normal(size=shape[:2])
+
+    def draw(n):
+        label, noise = rng.integers(n_clusters, size=n), rng.normal(size=(n, n_features))
+        return centres[label] + np.einsum("nij,nj->ni", factors[label], noise)
+
+    return draw
+
+
+def score_of_mixture(X, fresh):
+    data = folds(X)
+    feature_map = fit_feature_map(data.rows, data.weight, use_margins=False)
+    generator = torch.Generator().manual_seed(0)
+    members = cross_fit_bases(data, ["mixture"], feature_map, generator)["mixture"].members
+    z, log_det = feature_map(torch.from_numpy(fresh))
+    pooled = torch.stack([member.log_prob(z) for member in members]).exp().mean(0).log()
+    return float((pooled + log_det).mean())
+
+
+def test_components_of_few_rows_that_are_alike_are_pulled_together(rng, monkeypatch):
+    draw = draw_clusters(0.2, rng)
+    X, fresh = draw(150), draw(2000)
+    score = score_of_mixture(X, fresh)
+    assert score > GaussianMixture(4, covariance_type="tied", n_init=3, random_state=0).fit(X).score(fresh) + 0.3
+    monkeypatch.setattr(_selection, "_MIN_FEATURES_TO_TIGHTEN", math.inf)
+    assert score > score_of_mixture(X, fresh) + 0.3
+
+
+@pytest.mark.parametrize(("n_clusters", "n_features"), [(7, 3), (9, 6)])
+def test_numbers_of_components_between_the_usual_ones_are_tried(n_clusters, n_features, rng, generator):
+    centres = 8 * rng.normal(size=(n_clusters, n_features))
+    data = folds(centres[np.arange(150) % n_clusters] + rng.normal(size=(150, n_features)))
+    feature_map = fit_feature_map(data.rows, data.weight, use_margins=False)
+    members = cross_fit_bases(data, ["mixture"], feature_map, generator)["mixture"].members
+    assert {len(member.means) for member in members} == {n_clusters}
+
+
+def test_sizes_halfway_down_are_those_left_out_below_a_small_one():
+    sizes = [1, 2, 3, 4, 6, 8, 12, 16, 24]
+    assert _halfway_down(sizes, 6) == 5
+    assert _halfway_down(sizes, 16) == 14
+    assert [_halfway_down(sizes, size) for size in (1, 2, 24)] == [None, None, None]
 
 
 @pytest.mark.parametrize("n_outliers", [0, 3])
