@@ -7,10 +7,11 @@ from typing import NamedTuple
 
 import torch
 
+from sk_ebm._bases import Bases
 from sk_ebm._flow import CouplingFlow
 from sk_ebm._folds import Folds
 from sk_ebm._parallel import Group
-from sk_ebm._selection import HEAVY_TAILED, Bases, mix_members, shares_of_parts
+from sk_ebm._selection import HEAVY_TAILED, mix_members, shares_of_parts
 from sk_ebm._stacking import gain_by_chance, mean_and_std_error, mixture_shares
 from sk_ebm._types import Density
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from sk_ebm._base_flows import BASE_FLOW_PATIENCE, MIN_FEATURES, BaseFlows, base_flow_layers, base_flow_steps
+from sk_ebm._bases import Bases
 from sk_ebm._bounds import BoundsMap
 from sk_ebm._energy import WhitenedEnergies
 from sk_ebm._flow import CouplingFlow
@@ -29,7 +30,6 @@ from sk_ebm._sampler import (
 )
 from sk_ebm._selection import (
     HEAVY_TAILED,
-    Bases,
     FitBase,
     choose_feature_map,
     cross_fit_bases,

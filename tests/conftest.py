@@ -1,5 +1,7 @@
 """One torch thread per test process: the fits are small, and pytest runs two processes."""
 
+import numpy as np
+import pytest
 import torch
 from hypothesis import settings
 
@@ -9,3 +11,13 @@ torch.set_num_threads(1)
 settings.register_profile("quick", max_examples=20, deadline=60_000, derandomize=True, database=None)
 settings.register_profile("thorough", max_examples=600, deadline=60_000, database=None)
 settings.load_profile("quick")
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+@pytest.fixture
+def generator():
+    return torch.Generator().manual_seed(0)

@@ -2,7 +2,10 @@
 
 from contextlib import contextmanager
 
+import numpy as np
 import torch
+
+from sk_ebm._folds import Folds
 
 
 def seeded(seed=0):
@@ -11,6 +14,12 @@ def seeded(seed=0):
 
 def normal(*shape, seed=0):
     return torch.randn(*shape, generator=seeded(seed), dtype=torch.float64)
+
+
+def folds(X, n_members=4):
+    """Deal rows of equal weight to folds, one after the other."""
+    rows = torch.from_numpy(np.asarray(X, dtype=np.float64))
+    return Folds(rows, torch.ones(len(rows), dtype=torch.float64), torch.arange(len(rows)) % n_members, n_members)
 
 
 @contextmanager

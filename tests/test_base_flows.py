@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from sk_ebm._base_flows import BaseFlows, Lead, base_flow_layers, base_flow_steps, lead_of_flow
+from sk_ebm._bases import Bases
 from sk_ebm._folds import Folds
 from sk_ebm._mixture import Mixture
 from sk_ebm._parallel import ALONE
-from sk_ebm._selection import Bases
 
 
 @pytest.mark.parametrize(("n_rows", "n_steps"), [(20, 1000), (1000, 1000), (8000, 2000), (10**6, 8000), (10**9, 8000)])

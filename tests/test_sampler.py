@@ -46,11 +46,6 @@ def alone(ensemble, log_normalizer=0.0):
 
 
 @pytest.fixture
-def generator():
-    return torch.Generator().manual_seed(0)
-
-
-@pytest.fixture
 def model(generator):
     z = torch.randn(4000, 2, dtype=torch.float64, generator=generator)
     bases = [fit_gaussian(z, torch.ones(4000, dtype=torch.float64)) for _ in range(2)]
