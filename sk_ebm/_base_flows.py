@@ -22,7 +22,7 @@ MIN_FEATURES = 3
 _MIN_LEAD, _GAIN_OF_SIZE = 0.05, 0.25
 # Checks without a gain after which a flow that is a base stops.
 BASE_FLOW_PATIENCE = 8
-_MIN_STEPS, _MAX_STEPS = 1000, 8000
+_MIN_STEPS, _MAX_STEPS = 500, 8000
 # Coupling layers, and the rows from which on there are more.
 _LAYERS, _MORE_LAYERS, _ROWS_FOR_MORE_LAYERS = 4, 6, 10_000
 # Standard errors of its lead by which a flow must be ahead for sure.
@@ -34,8 +34,13 @@ def base_flow_steps(n_rows: int, n_energy_steps: int) -> int:
 
     Fewer where energies have fewer than such flows have at least.
     """
-    steps = min(max(int(100 * n_rows ** (1 / 3)), _MIN_STEPS), _MAX_STEPS)
+    steps = max(_MIN_STEPS, min(n_rows // 2, int(100 * n_rows ** (1 / 3)), _MAX_STEPS))
     return min(steps, steps * n_energy_steps // _MIN_STEPS)
+
+
+def base_flow_batch_size(batch_size: int) -> int:
+    """Return how many rows a gradient step of flows that are bases takes, given those of the flow that proposes."""
+    return max(1, batch_size // 2)
 
 
 def base_flow_layers(n_rows: int) -> int:

@@ -11,7 +11,14 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from sk_ebm._base_flows import BASE_FLOW_PATIENCE, MIN_FEATURES, BaseFlows, base_flow_layers, base_flow_steps
+from sk_ebm._base_flows import (
+    BASE_FLOW_PATIENCE,
+    MIN_FEATURES,
+    BaseFlows,
+    base_flow_batch_size,
+    base_flow_layers,
+    base_flow_steps,
+)
 from sk_ebm._bases import Bases
 from sk_ebm._bounds import BoundsMap
 from sk_ebm._energy import WhitenedEnergies
@@ -190,6 +197,9 @@ def estimate_log_normalizer_of(
     density: StackedDensity, proposal: DensityMixture, generator: torch.Generator, *, std_error: float
 ) -> LogNormalizer:
     """Estimate log Z by importance sampling, with as many draws as `std_error` (nats) asks for, up to a limit."""
+    if all(ensemble.is_flat for ensemble in density.ensembles):
+        # A mixture of bases is normalised.
+        return LogNormalizer(0.0, 0.0, 1.0)
     log_weights: list[torch.Tensor] = []
     controls: list[torch.Tensor] = []
     for n_draws in range(_CHUNK, _MAX_DRAWS + 1, _CHUNK):
@@ -252,7 +262,8 @@ class _Trainer:
     def train_candidates(self, bases: dict[str, Bases]) -> list[Candidate]:
         """Train energies on each base, and on a base of flows when `base` asks for one or it promises to win."""
         flow = self._make_flow()
-        self._fit_flows([flow], [0], min(_FLOW_STEPS, self.n_energy_steps), _FLOW_PATIENCE)
+        batch_size = self.settings.train.batch_size
+        self._fit_flows([flow], [0], min(_FLOW_STEPS, self.n_energy_steps), batch_size, _FLOW_PATIENCE)
         candidates: list[Candidate] = []
         asked, likeliest = name_of(self.settings.base), max(bases, key=lambda name: bases[name].score)
         base_flows = self._make_base_flows(flow, bases)
@@ -303,7 +314,8 @@ class _Trainer:
         def fit(flows: list[CouplingFlow], held_out_folds: list[int]) -> None:
             self.settings.announce(f"base flow, fitting {len(flows)} of {n_flows} flows")
             max_steps = base_flow_steps(self.n_rows, self.n_energy_steps)
-            self._fit_flows(flows, held_out_folds, max_steps, BASE_FLOW_PATIENCE)
+            batch_size = base_flow_batch_size(self.settings.train.batch_size)
+            self._fit_flows(flows, held_out_folds, max_steps, batch_size, BASE_FLOW_PATIENCE)
 
         return BaseFlows(make_flow, n_flows, small_flow, fit, bases, self.judged, self.group)
 
@@ -362,8 +374,6 @@ class _Trainer:
                 log_normalizer, is_covered[s] = self._member_log_normalizers(model, pool, candidates)
                 log_prob = model.log_density(self.judged.rows, log_base) - log_normalizer.unsqueeze(-1)
                 score[s] = (weight * log_prob).sum(-1) / weight.sum()
-            # The untilted bases are proposals themselves.
-            is_covered[-1] = 1
             members, chosen, best_score = torch.arange(len(model)), torch.zeros(len(model), dtype=torch.long), -math.inf
             for s in range(len(_SCALES)):
                 allowed = s + is_covered[s:].argmax(0)
@@ -409,6 +419,8 @@ class _Trainer:
         self, model: TiltedEnsemble, pool: Pool, candidates: list[Candidate]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return every member's log Z (nats), shape (K,), and whether the proposals cover it, shape (K,)."""
+        if model.is_flat:
+            return torch.zeros(len(model)).to(self.data.rows), torch.ones(len(model), dtype=torch.bool)
         estimates = _member_log_normalizers(model, pool)
         # Only one proposal in C was drawn for a candidate.
         least = self.settings.train.min_effective_sample_size / len(candidates)
@@ -436,6 +448,7 @@ class _Trainer:
         flows: list[CouplingFlow],
         held_out_folds: list[int],
         max_steps: int,
+        batch_size: int,
         patience: int,
     ) -> None:
         is_held_out = torch.stack([self.data.fold == fold for fold in held_out_folds])
@@ -448,7 +461,7 @@ class _Trainer:
             self.data.weight * ~is_held_out,
             self.data.weight * is_held_out,
             max_steps=max_steps,
-            batch_size=self.settings.train.batch_size,
+            batch_size=batch_size,
             generator=self.device_generator,
             patience=patience,
             group=self.group,
@@ -526,14 +539,16 @@ def _stack(
     std_error: float,
 ) -> StackedDensity:
     """Pool the members of each candidate, then mix the pools."""
-    # Common draws: their noise mostly cancels between members.
-    pool = draw_pool(proposal, _STACKING_DRAWS, generator)
     log_normalizers = torch.zeros(len(candidates), dtype=torch.float64)
-    for c, candidate in enumerate(candidates):
-        ensemble = candidate.model
+    tilted = [c for c, candidate in enumerate(candidates) if not candidate.model.is_flat]
+    if tilted:
+        # Common draws: their noise mostly cancels between members.
+        pool = draw_pool(proposal, _STACKING_DRAWS, generator)
+    for c in tilted:
+        ensemble = candidates[c].model
         estimates = _member_log_normalizers(ensemble, pool)
         ensemble.log_normalizers.copy_(torch.tensor([estimate.value for estimate in estimates], dtype=torch.float64))
-        if len(candidates) > 1 and not ensemble.is_flat:
+        if len(candidates) > 1:
             # As exact as that of the whole: an error here would be one of the shares too.
             alone = StackedDensity([ensemble], torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64))
             log_normalizers[c] = estimate_log_normalizer_of(alone, proposal, generator, std_error=std_error).value

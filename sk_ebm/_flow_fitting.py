@@ -12,7 +12,7 @@ from sk_ebm._folds import Batches
 from sk_ebm._parallel import ALONE, Group
 from sk_ebm._types import Density
 
-_LEARNING_RATE, _WARM_UP = 5e-3, 25
+_LEARNING_RATE, _WARM_UP = 1e-2, 25
 # Steps between checks at least, and checks at most.
 _MIN_STEPS_PER_CHECK, _MAX_CHECKS = 25, 40
 _MAX_GRAD_NORM = 5.0
