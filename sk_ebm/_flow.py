@@ -176,13 +176,9 @@ def _pass_linear(layer: LULinearPermute, z: torch.Tensor) -> tuple[torch.Tensor,
     linear, d = layer.linear, z.shape[1]
     diagonal = linear.upper_diag
     entries = torch.cat([linear.lower_entries, linear.upper_entries, diagonal])
-    on = {"device": z.device}
-    indices = [
-        torch.tril_indices(d, d, -1, **on),
-        torch.triu_indices(d, d, 1, **on),
-        torch.arange(d, **on).expand(2, d),
-    ]
-    row, column = torch.cat(indices, dim=1)
+    below, above = torch.tril_indices(d, d, -1, device=z.device), torch.triu_indices(d, d, 1, device=z.device)
+    on = torch.arange(d, device=z.device).expand(2, d)
+    row, column = torch.cat([below, above, on], dim=1)
     both = entries[(row * d + column).argsort()].view(d, d)
     lower = both.tril(-1) + torch.eye(d, dtype=z.dtype, device=z.device)
     weight = (lower @ both.triu())[:, layer.permutation._permutation.argsort()]

@@ -6,7 +6,14 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from sk_ebm._base_flows import BaseFlows, Lead, base_flow_layers, base_flow_steps, lead_of_flow
+from sk_ebm._base_flows import (
+    BaseFlows,
+    Lead,
+    base_flow_batch_size,
+    base_flow_layers,
+    base_flow_steps,
+    lead_of_flow,
+)
 from sk_ebm._bases import Bases
 from sk_ebm._folds import Folds
 from sk_ebm._mixture import Mixture
@@ -18,6 +25,10 @@ def test_flows_take_more_steps_where_they_have_more_rows(n_rows, n_steps):
     assert base_flow_steps(n_rows, 120 * 16) in range(n_steps - 1, n_steps + 1)
     # Where energies have hardly any, neither have flows.
     assert base_flow_steps(n_rows, 10) in range(n_steps // 50 - 1, n_steps // 50 + 1)
+
+
+def test_flows_take_smaller_batches_but_some_row():
+    assert [base_flow_batch_size(n) for n in (256, 3, 1)] == [128, 1, 1]
 
 
 def test_flows_are_deeper_where_rows_are_many():

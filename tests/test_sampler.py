@@ -229,6 +229,12 @@ def test_bases_that_no_energy_tilts_are_drawn_from_without_weights(model, propos
     assert float((z.sum(-1) > 5).double().mean()) == pytest.approx(0.25, abs=0.005)
 
 
+def test_a_mixture_of_bases_that_no_energy_tilts_is_known_to_be_normalised(model, proposal, generator, monkeypatch):
+    monkeypatch.setattr("sk_ebm._fitting.draw_pool", lambda *arguments: pytest.fail("drawn"))
+    model.rescale(0.0)
+    assert estimate_log_normalizer_of(alone(model), proposal, generator, std_error=0.01) == (0.0, 0.0, 1.0)
+
+
 def test_each_ensemble_is_drawn_by_its_share_and_in_its_own_way(model, proposal, generator, monkeypatch):
     other = shifted_untilted(model, generator, 40.0)
     log_z = estimate_log_normalizer_of(alone(model), proposal, generator, std_error=0.002).value
