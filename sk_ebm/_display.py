@@ -16,9 +16,9 @@ _MODEL, _DATA, _OTHERS = "#0072B2", "#D55E00", ("#009E73", "#CC79A7", "#E69F00",
 # Contours enclose these shares of the density.
 _MASSES = (0.99, 0.95, 0.8, 0.6, 0.4, 0.2)
 # Margin of a grid beyond the data, as a share of their range.
+_MARGIN = 0.1
 # What is in view counts as all of the density above this share, the grid being coarse.
 _WHOLE = 0.97
-_MARGIN = 0.1
 _MAX_SHOWN_ROWS = 2000
 
 
