@@ -110,7 +110,7 @@ class EBMFlowDensity(Versioned, CallbackSupportMixin, DensityMixin, BaseEstimato
     alpha : float, default=0.1
         Weight decay of the energies.
     batch_size : int, default=256
-        Rows per gradient step.
+        Rows per gradient step; half as many for the flows that `base="auto"` may choose as bases, or "flow" asks for.
     early_stopping : bool, default=True
         Whether to stop when the held-out log-likelihood no longer improves, and to restore the best parameters.
         If False, training runs for `max_iter` iterations and keeps the last parameters whose log Z is certain.
