@@ -24,6 +24,7 @@ from sk_ebm._sampler import (
     pool_effective_sample_size,
     start_chains,
 )
+from sk_ebm._stacking import gain_by_chance
 from sk_ebm._types import Density
 
 Report = Callable[[dict[str, float], Callable[[], tuple[TiltedEnsemble, Density]]], bool]
@@ -40,7 +41,7 @@ MAX_JUDGED_ROWS = 20_000
 _ROUNDS_BEFORE_BACKING_OFF = 4
 _MAX_ROUNDS_AT_GATE = 20
 # What is still to come after a quarter of the iterations, in shares of what they have gained: a fifth at most where it
-# earned a base a share. A base that would trail another even so is not worth the rest of them.
+# earned a base a share. A base that would trail another even so, or gain next to nothing, is not worth the rest of them.
 _STILL_TO_COME = 0.3
 
 
@@ -143,9 +144,18 @@ class Monitor:
             return None
         return Outcome.SAMPLER_TOO_WEAK if self._uncovered >= patience else Outcome.CONVERGED
 
-    def promise(self) -> float:
-        """Return the score (nats) that may be reached in the end, as seen from a quarter of the way."""
-        return self.best_score + self.settings.tol + _STILL_TO_COME * self.gain()
+    def reason_to_go_no_further(self, rival_score: float, by_chance: float) -> Outcome | None:
+        """Return why the rest of the iterations is not worth its time, as seen from a quarter of the way.
+
+        A gain (nats) that may come by chance is worth none.
+        """
+        still_to_come = _STILL_TO_COME * self.gain()
+        if not self.settings.early_stopping:
+            return None
+        if self.best_score + self.settings.tol + still_to_come < rival_score:
+            return Outcome.LEFT_BEHIND
+        is_little = still_to_come < min(self.settings.tol, by_chance)
+        return Outcome.CONVERGED if is_little and self._uncovered == 0 else None
 
     def gain(self) -> float:
         """Return by how much (nats) the best score beats the first one that counts."""
@@ -196,6 +206,7 @@ def train(
     if outcome is None and settings.max_iter == 0:
         outcome = Outcome.UNTRAINED
     quarter = max(settings.max_iter // 4, settings.validate_every)
+    by_chance = gain_by_chance(state.judged.weight)
     try:
         while outcome is None:
             pool = state.propose()
@@ -220,9 +231,9 @@ def train(
                     outcome = Outcome.STOPPED
                     break
             outcome = monitor.reason_to_stop()
-            if settings.early_stopping and n_iter == quarter and monitor.promise() < rival_score:
-                outcome = Outcome.LEFT_BEHIND
-            elif rounds_at_gate >= _MAX_ROUNDS_AT_GATE:
+            if n_iter == quarter < settings.max_iter:
+                outcome = monitor.reason_to_go_no_further(rival_score, by_chance) or outcome
+            if rounds_at_gate >= _MAX_ROUNDS_AT_GATE:
                 outcome = Outcome.SAMPLER_TOO_WEAK
             elif outcome is None and n_iter == settings.max_iter:
                 outcome = Outcome.MAX_ITER
