@@ -41,7 +41,7 @@ MAX_JUDGED_ROWS = 20_000
 _ROUNDS_BEFORE_BACKING_OFF = 4
 _MAX_ROUNDS_AT_GATE = 20
 # What is still to come after a quarter of the iterations, in shares of what they have gained: a fifth at most where it
-# earned a base a share. A base that would trail another even so, or gain next to nothing, is not worth the rest of them.
+# earned a base a share. A base that would trail another even so, or gain next to nothing, is not worth the others.
 _STILL_TO_COME = 0.3
 
 
