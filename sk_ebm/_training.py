@@ -41,8 +41,11 @@ MAX_JUDGED_ROWS = 20_000
 _ROUNDS_BEFORE_BACKING_OFF = 4
 _MAX_ROUNDS_AT_GATE = 20
 # What is still to come after a quarter of the iterations, in shares of what they have gained: a fifth at most where it
-# earned a base a share. A base that would trail another even so, or gain next to nothing, is not worth the others.
+# earned a base a share. A base that would trail another even so is not worth the rest of them.
 _STILL_TO_COME = 0.3
+# Times `tol` that energies must have gained by the time that a first gain is due: those on a base that fits may add a
+# thousandth of a nat soon, and nothing more in all the iterations that they would go on for.
+_FIRST_GAIN = 3.0
 
 
 class Outcome(enum.Enum):
@@ -76,7 +79,7 @@ class TrainSettings:
     early_stopping: bool
     n_iter_no_change: int
     tol: float
-    # Checks within which energies must beat the untilted base, if they ever will.
+    # Checks within which energies must beat the untilted base clearly, if they ever will.
     n_iter_first_gain: int = 6
     steps_per_iter: int = 16
     n_flow_steps: int = 2
@@ -102,13 +105,18 @@ class TrainResult(NamedTuple):
 
 @dataclass
 class Monitor:
-    """Keep the history, decide when to stop, and hold the best parameters."""
+    """Keep the history, decide when to stop, and hold the best parameters.
+
+    What may come by chance, in nats per row, is less than `tol` where rows are many.
+    """
 
     settings: TrainSettings
+    by_chance: float = math.inf
     history: list[dict[str, float]] = field(default_factory=list)
     best_score: float = -math.inf
     best: Any = None
     _start: float | None = None
+    _n_since_start: int = 0
     _bar: float = -math.inf
     _reference: float = -math.inf
     _stale: int = 0
@@ -128,8 +136,9 @@ class Monitor:
             # Energies must beat the start clearly: a lead below the noise would move the weights of modes for nothing.
             self._bar = score + (self.settings.tol if self.best is None else 0.0)
             self.best_score, self.best = score, keep()
+        self._n_since_start += 1
         if self._start is None:
-            self._start = score
+            self._start, self._n_since_start = score, 0
         if score > self._reference + self.settings.tol:
             self._reference, self._stale = score, 0
         else:
@@ -138,24 +147,15 @@ class Monitor:
     def reason_to_stop(self) -> Outcome | None:
         """Return why to stop, if the score has not improved for so many checks as the settings allow."""
         patience = self.settings.n_iter_no_change
-        if self.gain() == 0 and self._uncovered == 0:
-            patience = min(patience, self.settings.n_iter_first_gain)
-        if not self.settings.early_stopping or self._stale < patience:
+        is_first_gain_due = self._uncovered == 0 and self._n_since_start >= self.settings.n_iter_first_gain
+        is_vain = is_first_gain_due and self.gain() <= _FIRST_GAIN * min(self.settings.tol, self.by_chance)
+        if not self.settings.early_stopping or (self._stale < patience and not is_vain):
             return None
         return Outcome.SAMPLER_TOO_WEAK if self._uncovered >= patience else Outcome.CONVERGED
 
-    def reason_to_go_no_further(self, rival_score: float, by_chance: float) -> Outcome | None:
-        """Return why the rest of the iterations is not worth its time, as seen from a quarter of the way.
-
-        A gain (nats) that may come by chance is worth none.
-        """
-        still_to_come = _STILL_TO_COME * self.gain()
-        if not self.settings.early_stopping:
-            return None
-        if self.best_score + self.settings.tol + still_to_come < rival_score:
-            return Outcome.LEFT_BEHIND
-        is_little = still_to_come < min(self.settings.tol, by_chance)
-        return Outcome.CONVERGED if is_little and self._uncovered == 0 else None
+    def promise(self) -> float:
+        """Return the score (nats) that may be reached in the end, as seen from a quarter of the way."""
+        return self.best_score + self.settings.tol + _STILL_TO_COME * self.gain()
 
     def gain(self) -> float:
         """Return by how much (nats) the best score beats the first one that counts."""
@@ -192,7 +192,7 @@ def train(
         Validation log-likelihood per row (nats) that another base has reached already.
     """
     state = _TrainState(model, flow, data, settings, generator)
-    monitor = Monitor(settings)
+    monitor = Monitor(settings, gain_by_chance(state.judged.weight))
     n_iter, rounds_at_gate = 0, 0
     check = state.validate(0)
     group = settings.group
@@ -206,7 +206,6 @@ def train(
     if outcome is None and settings.max_iter == 0:
         outcome = Outcome.UNTRAINED
     quarter = max(settings.max_iter // 4, settings.validate_every)
-    by_chance = gain_by_chance(state.judged.weight)
     try:
         while outcome is None:
             pool = state.propose()
@@ -231,9 +230,9 @@ def train(
                     outcome = Outcome.STOPPED
                     break
             outcome = monitor.reason_to_stop()
-            if n_iter == quarter < settings.max_iter:
-                outcome = monitor.reason_to_go_no_further(rival_score, by_chance) or outcome
-            if rounds_at_gate >= _MAX_ROUNDS_AT_GATE:
+            if settings.early_stopping and n_iter == quarter and monitor.promise() < rival_score:
+                outcome = Outcome.LEFT_BEHIND
+            elif rounds_at_gate >= _MAX_ROUNDS_AT_GATE:
                 outcome = Outcome.SAMPLER_TOO_WEAK
             elif outcome is None and n_iter == settings.max_iter:
                 outcome = Outcome.MAX_ITER
