@@ -119,7 +119,7 @@ class EBMFlowDensity(Versioned, CallbackSupportMixin, DensityMixin, BaseEstimato
         of its own, so with the default six energies it is 1/6 whatever larger share is asked for.
     n_iter_no_change : int, default=10
         Validation checks, one every five iterations, without improvement before stopping. Below 2500 rows, six are
-        enough to give up energies that have never beaten their base, unless `learning_rate` is your own.
+        enough to give up energies that have hardly beaten their base, unless `learning_rate` is your own.
     tol : float, default=0.001
         Smallest improvement of the held-out log-likelihood per row (nats) that counts.
     sampler : {"isir", "imh"}, default="isir"
