@@ -178,8 +178,8 @@ class EBMFlowDensity(Versioned, CallbackSupportMixin, DensityMixin, BaseEstimato
     density_ : torch.nn.Module
         Energies on their bases; ``density_.log_density`` maps z to unnormalised log densities.
     proposal_ : torch.nn.Module
-        Mixture of the flows and the bases that draws for log Z and for `sample`; of bases alone where no energy
-        tilts them.
+        Mixture of the flows and the bases, whose parts propose for log Z and which itself does for `sample`; of bases
+        alone where no energy tilts them.
     feature_map_ : torch.nn.Module
         Fitted feature map; its `margins` is None where features are only whitened.
     n_features_in_ : int
