@@ -151,7 +151,7 @@ class EBMFlowDensity(Versioned, CallbackSupportMixin, DensityMixin, BaseEstimato
     log_normalizer_std_error_ : float
         Its standard error (nats), an error that all scores share.
     effective_sample_size_ : float
-        Effective sample size of the proposals that estimated log Z, as a fraction of their number.
+        Effective sample size of proposals of `proposal_` for the density, as a fraction of their number.
     acceptance_rate_ : dict
         Mean acceptance rates late in training: "local" of the Langevin moves, "flow" of the global moves. NaN where the
         largest share is that of flows, on which no energies are trained unless `base` is "flow".
@@ -178,8 +178,8 @@ class EBMFlowDensity(Versioned, CallbackSupportMixin, DensityMixin, BaseEstimato
     density_ : torch.nn.Module
         Energies on their bases; ``density_.log_density`` maps z to unnormalised log densities.
     proposal_ : torch.nn.Module
-        Mixture of the flows and the bases, whose parts propose for log Z and which itself does for `sample`; of bases
-        alone where no energy tilts them.
+        Mixture of the flows and the bases that proposes for `sample`, and most of which does for log Z; of bases alone
+        where no energy tilts them.
     feature_map_ : torch.nn.Module
         Fitted feature map; its `margins` is None where features are only whitened.
     n_features_in_ : int

@@ -25,7 +25,12 @@ from sk_ebm._energy import WhitenedEnergies
 from sk_ebm._flow import CouplingFlow
 from sk_ebm._flow_fitting import fit_flows
 from sk_ebm._folds import Folds, mixed_order
-from sk_ebm._log_normalizer import LogNormalizer, estimate_log_normalizer, estimate_log_normalizers
+from sk_ebm._log_normalizer import (
+    LogNormalizer,
+    effective_sample_size,
+    estimate_log_normalizer,
+    estimate_log_normalizers,
+)
 from sk_ebm._mixture import Mixture, fit_gaussian
 from sk_ebm._model import StackedDensity, TiltedEnsemble
 from sk_ebm._sampler import (
@@ -98,10 +103,6 @@ class Candidate(NamedTuple):
     flow: Density
     result: TrainResult
 
-    def proposal(self) -> DensityMixture:
-        """Return what proposed for the energies or, where none tilts the bases, these alone, which are perfect then."""
-        return self.model.untilted() or defensive_proposal(self.flow, list(self.model.bases))
-
 
 class FittedModel(NamedTuple):
     """All that is kept of a fit; modules are float64 on the CPU."""
@@ -164,12 +165,12 @@ def fit_model(
     candidates = [c for c in trained if c.result.outcome is not Outcome.LEFT_BEHIND] or trained
     left_behind = [c for c in trained if c.name not in {candidate.name for candidate in candidates}]
     candidates = trainer.temper(candidates)
-    held_out = trainer.held_out_log_prob(candidates)
+    held_out, is_covered = trainer.held_out_log_prob(candidates)
     of_judged, judged = trainer.of_judged(held_out), trainer.judged.weight.cpu().double()
     # Heavy tails alone cost little, and one row in a thousand may need them.
     is_cheap = torch.tensor([candidate.name == HEAVY_TAILED and candidate.model.is_flat for candidate in candidates])
     tol = settings.train.tol
-    shares = group.from_first(lambda: stacking_shares(of_judged, judged, is_cheap, tol))
+    shares = group.from_first(lambda: stacking_shares(of_judged, judged, is_covered, is_cheap, tol))
     share_of = {c.name: 0.0 for c in trained} | {c.name: share for c, share in zip(candidates, shares, strict=True)}
     candidates = [*candidates, *left_behind]
     fitted = group.from_first(lambda: _assemble(feature_map, candidates, share_of, log_det, generator, std_error))
@@ -188,10 +189,11 @@ def _assemble(
     """Stack the candidates that have a share, and normalise the whole."""
     kept = _to_float64([candidate for candidate in candidates if share_of[candidate.name] > 0])
     shares = [share_of[candidate.name] for candidate in kept]
-    model, normalizer = _stack(kept, shares, generator, std_error)
+    proposal = _joint_proposal(kept, shares)
+    model, normalizer = _stack(kept, shares, proposal, generator, std_error)
     scores = {candidate.name: candidate.result.held_out_log_likelihood + log_det for candidate in candidates}
     endings = {candidate.name: (candidate.result.outcome, candidate.result.n_iter) for candidate in candidates}
-    return FittedModel(feature_map, kept, share_of, scores, endings, model, _joint_proposal(kept, shares), normalizer)
+    return FittedModel(feature_map, kept, share_of, scores, endings, model, proposal, normalizer)
 
 
 @torch.no_grad()
@@ -364,9 +366,9 @@ class _Trainer:
         """Scale energies down where held-out rows become clearly more likely, or where the proposals ask for it.
 
         One factor for all members of a candidate makes rows most likely; a member that the proposals do not cover even
-        so is scaled down further. Energies that make no row clearly more likely are switched off. Every member's log Z
-        is left with the model.
+        so is scaled down further. Energies that make no row clearly more likely are switched off.
         """
+        pool = draw_pool(_covering_proposal(candidates), _STACKING_DRAWS, self.common_generator)
         weight = self.judged.held_out_weight()
         tempered = []
         for candidate in candidates:
@@ -375,13 +377,11 @@ class _Trainer:
                 tempered.append(candidate)
                 continue
             log_base = model.base_log_prob(self.judged.rows)
-            pool = draw_pool(candidate.proposal(), _STACKING_DRAWS, self.common_generator)
-            score, log_normalizer, is_covered = torch.empty(3, len(_SCALES), len(model))
+            score, is_covered = torch.empty(len(_SCALES), len(model)), torch.empty(len(_SCALES), len(model))
             for s, scale in enumerate(_SCALES):
                 model.rescale(scale)
-                log_normalizer[s], fractions = _member_log_normalizers(model, pool)
-                is_covered[s] = fractions >= self.settings.train.min_effective_sample_size
-                log_prob = model.log_density(self.judged.rows, log_base) - log_normalizer[s].to(log_base).unsqueeze(-1)
+                log_normalizer, is_covered[s] = self._member_log_normalizers(model, pool, candidates)
+                log_prob = model.log_density(self.judged.rows, log_base) - log_normalizer.unsqueeze(-1)
                 score[s] = (weight * log_prob).sum(-1) / weight.sum()
             members, chosen, best_score = torch.arange(len(model)), torch.zeros(len(model), dtype=torch.long), -math.inf
             for s in range(len(_SCALES)):
@@ -394,31 +394,47 @@ class _Trainer:
                 # What the energies add is not worth the time that they take to evaluate.
                 chosen, best_score = torch.full_like(chosen, len(_SCALES) - 1), untilted
             model.rescale(torch.tensor(_SCALES)[chosen])
-            model.log_normalizers.copy_(log_normalizer[chosen, members])
             result = candidate.result._replace(held_out_log_likelihood=best_score)
             tempered.append(candidate._replace(result=result))
         return tempered
 
     @torch.no_grad()
-    def held_out_log_prob(self, candidates: list[Candidate]) -> torch.Tensor:
+    def held_out_log_prob(self, candidates: list[Candidate]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return each row's log density (nats, in z-space) under each candidate's member that never saw it.
 
-        The result has shape (C, n), in float64 on the CPU; it is nan for rows that every member has seen.
+        The result has shape (C, n), in float64 on the CPU; it is nan for rows that every member has seen. With it
+        comes whether the proposals cover all members of a candidate, shape (C,).
         """
+        pool = draw_pool(_covering_proposal(candidates), _STACKING_DRAWS, self.common_generator)
         held_out = torch.full((len(candidates), len(self.data.rows)), math.nan, dtype=torch.float64)
+        are_covered = torch.empty(len(candidates), dtype=torch.bool)
         rows_of_member = [(self.data.fold == k).nonzero().squeeze(-1) for k in range(self.data.n_members)]
         padded = nn.utils.rnn.pad_sequence(rows_of_member, batch_first=True)
         for c, candidate in enumerate(candidates):
+            log_normalizer, is_covered = self._member_log_normalizers(candidate.model, pool, candidates)
+            are_covered[c] = is_covered.all()
             log_density = [candidate.model.log_density(self.data.rows[i]) for i in padded.split(_CHUNK, dim=1)]
-            log_prob = torch.cat(log_density, dim=1) - candidate.model.log_normalizers.unsqueeze(-1)
+            log_prob = (torch.cat(log_density, dim=1) - log_normalizer.unsqueeze(-1)).cpu().double()
             for k, rows in enumerate(rows_of_member):
-                held_out[c, rows.cpu()] = log_prob[k, : len(rows)].cpu().double()
-        return held_out
+                held_out[c, rows.cpu()] = log_prob[k, : len(rows)]
+        return held_out, are_covered
 
     def of_judged(self, log_prob: torch.Tensor) -> torch.Tensor:
         """Return what belongs to the judged rows of all processes, given it for the rows of this one, (..., n)."""
         mine = log_prob[..., : max(1, MAX_JUDGED_ROWS // self.group.size)]
         return mine if self.group.size == 1 else self.group.cat(mine)[..., mixed_order(len(self.judged.rows))]
+
+    def _member_log_normalizers(
+        self, model: TiltedEnsemble, pool: Pool, candidates: list[Candidate]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return every member's log Z (nats), shape (K,), and whether the proposals cover it, shape (K,)."""
+        if model.is_flat:
+            return torch.zeros(len(model)).to(self.data.rows), torch.ones(len(model), dtype=torch.bool)
+        estimates = _member_log_normalizers(model, pool)
+        # Only one proposal in C was drawn for a candidate.
+        least = self.settings.train.min_effective_sample_size / len(candidates)
+        is_covered = torch.tensor([estimate.effective_sample_size >= least for estimate in estimates])
+        return torch.tensor([estimate.value for estimate in estimates]).to(self.data.rows), is_covered
 
     def _start(self, name: str, bases: Sequence[Density], flow: Density, rival_score: float = -math.inf) -> Candidate:
         with seeded_modules(self.generator):
@@ -508,58 +524,79 @@ def _check_energies(energies: nn.Module, z: torch.Tensor) -> None:
         raise ValueError(f"The energy must be finite before training, but it returned {value.tolist()}.")
 
 
-def _joint_proposal(candidates: list[Candidate], shares: Sequence[float] | None = None) -> DensityMixture:
-    """Propose from every candidate's flow and bases, half of it by their shares of the density if these are known.
+def _joint_proposal(candidates: list[Candidate], shares: Sequence[float]) -> DensityMixture:
+    """Propose from every candidate's flow and bases, half of it by their shares of the density.
 
     Bases that no energy tilts propose perfectly, without a flow and by shares alone.
     """
-    by_share = 0.0 if shares is None else 1.0 if all(c.model.is_flat for c in candidates) else 0.5
-    alike = [1 / len(candidates)] * len(candidates)
-    parts = [candidate.proposal() for candidate in candidates]
-    of_part = [(1 - by_share) * one + by_share * share for one, share in zip(alike, shares or alike, strict=True)]
+    by_share = 1.0 if all(candidate.model.is_flat for candidate in candidates) else 0.5
+    parts = [c.model.untilted() or defensive_proposal(c.flow, list(c.model.bases)) for c in candidates]
+    return _mixed([(1 - by_share) / len(candidates) + by_share * share for share in shares], parts)
+
+
+def _covering_proposal(candidates: list[Candidate]) -> DensityMixture:
+    """Propose from every candidate alike: what proposes for one finds mass of another that its own proposals miss.
+
+    Of bases that no energy tilts, one stands for all: no log Z is asked of them, and flows take long.
+    """
+    parts = [
+        DensityMixture(list(c.model.bases)[:1], [1.0])
+        if c.model.is_flat
+        else defensive_proposal(c.flow, list(c.model.bases))
+        for c in candidates
+    ]
+    return _mixed([1 / len(candidates)] * len(candidates), parts)
+
+
+def _mixed(shares: Sequence[float], mixtures: Sequence[DensityMixture]) -> DensityMixture:
+    """Mix mixtures, of which all components become those of one."""
+    pairs = list(zip(shares, mixtures, strict=True))
     return DensityMixture(
-        [component for part in parts for component in part.components],
-        [share * of for part, of in zip(parts, of_part, strict=True) for share in part.proportions],
+        [component for mixture in mixtures for component in mixture.components],
+        [share * of_one for share, mixture in pairs for of_one in mixture.proportions],
     )
 
 
 @torch.no_grad()
 def _stack(
-    candidates: list[Candidate], shares: list[float], generator: torch.Generator, std_error: float
+    candidates: list[Candidate],
+    shares: list[float],
+    proposal: DensityMixture,
+    generator: torch.Generator,
+    std_error: float,
 ) -> tuple[StackedDensity, LogNormalizer]:
     """Pool the members of each candidate, mix the pools, and return log Z of the whole.
 
-    What proposed for a candidate proposes for it alone: draws of the others would cost more than they tell.
+    It is known from those of the pools, of which only that of energies takes an estimate.
     """
-    of_parts = [_normalize(candidate, generator, std_error) for candidate in candidates]
-    values, std_errors, fractions = torch.tensor(of_parts, dtype=torch.float64).T
+    covering = _covering_proposal(candidates)
+    of_parts = [_normalize(candidate, covering, generator, std_error) for candidate in candidates]
     share = torch.tensor(shares, dtype=torch.float64)
+    values, std_errors, _ = torch.tensor(of_parts, dtype=torch.float64).T
     # Relative to the first, whose log Z is that of the whole then.
     model = StackedDensity([candidate.model for candidate in candidates], share, values - values[0])
-    # That of draws which by its share come from what proposed for each candidate.
-    fraction = 1 / (share / fractions).sum()
+    if all(candidate.model.is_flat for candidate in candidates):
+        return model, of_parts[0]
+    fraction = effective_sample_size(log_weight(model, draw_pool(proposal, _CHUNK, generator)))
     return model, LogNormalizer(float(values[0]), float((share * std_errors).norm()), float(fraction))
 
 
-def _normalize(candidate: Candidate, generator: torch.Generator, std_error: float) -> LogNormalizer:
+def _normalize(
+    candidate: Candidate, proposal: DensityMixture, generator: torch.Generator, std_error: float
+) -> LogNormalizer:
     """Set each member's log Z, then estimate that of the pool."""
     if not candidate.model.is_flat:
-        pool = draw_pool(candidate.proposal(), _STACKING_DRAWS, generator)
-        candidate.model.log_normalizers.copy_(_member_log_normalizers(candidate.model, pool)[0])
+        # Common draws: their noise mostly cancels between members.
+        estimates = _member_log_normalizers(candidate.model, draw_pool(proposal, _STACKING_DRAWS, generator))
+        values = torch.tensor([estimate.value for estimate in estimates], dtype=torch.float64)
+        candidate.model.log_normalizers.copy_(values)
     alone = StackedDensity([candidate.model], torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64))
-    return estimate_log_normalizer_of(alone, candidate.proposal(), generator, std_error=std_error)
+    return estimate_log_normalizer_of(alone, proposal, generator, std_error=std_error)
 
 
-def _member_log_normalizers(model: TiltedEnsemble, pool: Pool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return every member's log Z (nats) and the effective sample size that estimated it, each (K,), on the CPU.
-
-    All from the same draws: their noise mostly cancels between members.
-    """
-    if model.is_flat:
-        return torch.zeros(len(model), dtype=torch.float64), torch.ones(len(model), dtype=torch.float64)
-    estimates = estimate_log_normalizers(pool_log_weight(model, pool), pool.controls)
-    values, _, fractions = torch.tensor(estimates, dtype=torch.float64).T
-    return values, fractions
+def _member_log_normalizers(model: TiltedEnsemble, pool: Pool) -> list[LogNormalizer]:
+    """Estimate log Z (nats) of every member."""
+    return estimate_log_normalizers(pool_log_weight(model, pool), pool.controls)
 
 
 def _to_float64(candidates: list[Candidate]) -> list[Candidate]:

@@ -147,10 +147,13 @@ def gain_by_chance(weight: torch.Tensor) -> float:
     return _TOTAL_GAIN_BY_CHANCE / _effective_count(weight)
 
 
-def stacking_shares(held_out: torch.Tensor, weight: torch.Tensor, is_cheap: torch.Tensor, tol: float) -> list[float]:
+def stacking_shares(
+    held_out: torch.Tensor, weight: torch.Tensor, is_covered: torch.Tensor, is_cheap: torch.Tensor, tol: float
+) -> list[float]:
     """Return each candidate's share of a pool that makes rows most likely that no candidate has seen.
 
-    A candidate that adds next to nothing gets none: it would cost time in every score, and its errors.
+    A candidate whose proposals miss some of its mass gets no share if there is another: its log Z is too low, which
+    flatters it. Nor does one get any that adds next to nothing: it would cost time in every score, and its errors.
 
     Parameters
     ----------
@@ -158,14 +161,16 @@ def stacking_shares(held_out: torch.Tensor, weight: torch.Tensor, is_cheap: torc
         Log density (nats) of each row under each candidate; nan where a row was seen.
     weight : tensor of shape (n,)
         Non-negative row weights.
+    is_covered : tensor of shape (C,)
+        Whether the proposals cover the candidate.
     is_cheap : tensor of shape (C,)
         Whether the candidate takes so little time to score that any share is welcome.
     tol : float
         Nats per row that any other candidate must add to those that are kept, or fewer where rows are so many that
         fewer cannot be chance.
     """
-    kept = list(range(len(held_out)))
-    is_held_out = held_out.isfinite().all(0)
+    kept = is_covered.nonzero().flatten().tolist() or list(range(len(held_out)))
+    is_held_out = held_out[kept].isfinite().all(0)
     log_density, weight = held_out[:, is_held_out], weight[is_held_out]
     tol = min(tol, gain_by_chance(weight))
 

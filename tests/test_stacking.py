@@ -54,17 +54,25 @@ def test_overlapping_densities_reach_the_maximum():
     assert abs(share - float(grid[likelihood.argmax()])) < 0.002
 
 
+def test_a_candidate_of_uncertain_normalizer_is_left_out_if_another_is_certain():
+    z = torch.randn(500, generator=torch.Generator().manual_seed(3))
+    flattered = torch.stack([log_normal(z, 0.0), log_normal(z, 0.0) + 5])
+    flattered[:, :10] = torch.nan
+    assert stacking_shares(flattered, torch.ones(500), torch.tensor([True, False]), COSTLY, TOL) == [1, 0]
+    assert stacking_shares(flattered, torch.ones(500), torch.tensor([False, False]), COSTLY, TOL) == [0, 1]
+
+
 def test_a_candidate_that_adds_next_to_nothing_gets_no_share_unless_it_is_cheap():
     z = torch.randn(2000, generator=torch.Generator().manual_seed(4))
     # The first two are the same up to a little noise: both together are better, but hardly.
     noise = 0.02 * torch.randn(2, 2000, generator=torch.Generator().manual_seed(5))
     held_out = torch.cat([log_normal(z, 0.0) + noise, log_normal(z, 8.0).unsqueeze(0)])
-    weight = torch.ones(2000)
+    weight, all_covered = torch.ones(2000), torch.tensor([True, True, True])
     assert mixture_shares(held_out, weight)[:2].min() > 0.1
-    shares = stacking_shares(held_out, weight, torch.tensor([False, False, False]), TOL)
+    shares = stacking_shares(held_out, weight, all_covered, torch.tensor([False, False, False]), TOL)
     assert sorted(shares) == [0, 0, 1]
     assert shares[2] == 0
-    shares = stacking_shares(held_out, weight, torch.tensor([False, False, True]), TOL)
+    shares = stacking_shares(held_out, weight, all_covered, torch.tensor([False, False, True]), TOL)
     assert 0 < shares[2] < 0.001
     assert 0 in shares
 
@@ -75,8 +83,8 @@ def test_what_is_next_to_nothing_in_a_thousand_rows_is_something_in_twenty_thous
     of_many = held_out.repeat(1, 20)
     log_shares = mixture_shares(held_out, torch.ones(1000)).log().unsqueeze(-1)
     assert 2 / 20_000 < ((held_out + log_shares).logsumexp(0) - held_out[0]).mean() < TOL
-    assert stacking_shares(held_out, torch.ones(1000), COSTLY, TOL) == [1, 0]
-    shares = stacking_shares(of_many, torch.ones(20_000), COSTLY, TOL)
+    assert stacking_shares(held_out, torch.ones(1000), torch.tensor([True, True]), COSTLY, TOL) == [1, 0]
+    shares = stacking_shares(of_many, torch.ones(20_000), torch.tensor([True, True]), COSTLY, TOL)
     assert 0 < shares[1] < 0.2
 
 
@@ -84,7 +92,7 @@ def test_a_small_share_that_adds_much_is_kept():
     z = torch.randn(2000, generator=torch.Generator().manual_seed(4))
     z[:60] += 8
     held_out = torch.stack([log_normal(z, 0.0), log_normal(z, 8.0)])
-    shares = stacking_shares(held_out, torch.ones(2000), COSTLY, TOL)
+    shares = stacking_shares(held_out, torch.ones(2000), torch.tensor([True, True]), COSTLY, TOL)
     assert 0.02 < shares[1] < 0.05
     assert sum(shares) == pytest.approx(1)
 
