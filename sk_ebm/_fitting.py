@@ -575,7 +575,7 @@ def _stack(
     values, std_errors, _ = torch.tensor(of_parts, dtype=torch.float64).T
     # Relative to the first, whose log Z is that of the whole then.
     model = StackedDensity([candidate.model for candidate in candidates], share, values - values[0])
-    if all(candidate.model.is_flat for candidate in candidates):
+    if len(candidates) == 1 or all(candidate.model.is_flat for candidate in candidates):
         return model, of_parts[0]
     fraction = effective_sample_size(log_weight(model, draw_pool(proposal, _CHUNK, generator)))
     return model, LogNormalizer(float(values[0]), float((share * std_errors).norm()), float(fraction))
