@@ -1,6 +1,7 @@
 """Draws from the model: the defensive proposal, the pool of its draws, and chains with local and global moves."""
 
 import copy
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -9,6 +10,7 @@ import torch
 
 from sk_ebm._kernels import GlobalState, Info, LogDensityAndGrad, imh_step, init_local, isir_step, mala_step
 from sk_ebm._log_normalizer import effective_sample_size
+from sk_ebm._mixture import Mixture, fit_mixtures
 from sk_ebm._model import StackedDensity, TiltedEnsemble
 from sk_ebm._stacking import DensityMixture, mixture_shares, rounded_counts
 from sk_ebm._types import Density
@@ -18,13 +20,15 @@ LogDensity = Callable[[torch.Tensor], torch.Tensor]
 TARGET_ACCEPTANCE = 0.6
 _DEFENSIVE_FRACTION = 0.3
 _SAMPLE_CHUNK = 8192
-# Proposals that tell how to draw, the effective sample size that makes the bases alone good enough, and the least share
-# of the proposals that goes to all of them alike.
-_MAX_PILOT, _LEAST_LEAN_SAMPLE_SIZE, _LEAST_SHARE = 4096, 0.15, 0.1
+# Proposals that tell how to draw, the effective sample size that makes do without a flow, and the least share of the
+# proposals that goes to all bases alike.
+_MAX_PILOT, _LEAST_LEAN_SAMPLE_SIZE, _LEAST_SHARE = 4096, 0.15, 0.05
+# Gaussians at most, and draws for each of their parameters at least.
+_MAX_GAUSSIANS, _DRAWS_PER_PARAMETER = 32, 10
 # Least draws and proposals at a time, and how many times the proposals that should do are tried.
 _MIN_DRAWS, _MAX_PROPOSED = 1024, 20
 # Proposals per draw, of which the least that leaves few enough draws to repeat an earlier one is taken.
-_CAPS, _MAX_REPEATED = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0), 0.01
+_CAPS, _MAX_REPEATED = (1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0), 0.01
 # Rows evaluated at once: few enough for hidden layers to stay in the cache of a processor.
 CHUNK = 1024
 _SEPARATION_STEPS = (0.1, 0.03, 0.01, 0.003)
@@ -281,28 +285,58 @@ def _prepare_sampling(
 ) -> tuple[DensityMixture, float, float]:
     """Choose what to propose from, and a cap of the log weights below which a proposal is kept once at most.
 
-    Bases are far cheaper than flows. Mixed with the shares that suit the density, they often propose well enough; if
-    not, the whole proposal does. Also return how many proposals make one draw.
+    Flows are slow. In few features Gaussians fitted to the density propose better, and the bases, mixed as suits it,
+    often well enough; if neither do, the whole proposal has to. Also return how many proposals make one draw.
     """
     pool = draw_pool(proposal, n_pilot, generator)
     weight = log_weight(density, pool)
-    probability = _probability(weight)
+    best, best_weight, best_size = proposal, weight, _LEAST_LEAN_SAMPLE_SIZE
+    for lean in _lean_proposals(density, pool, weight, generator):
+        lean_weight = log_weight(density, draw_pool(lean, n_pilot, generator))
+        # Judged on draws of the whole proposal too, which see what the lean one would miss.
+        size = min(float(effective_sample_size(lean_weight)), _sample_size_of(lean, pool, weight))
+        if size > best_size:
+            best, best_weight, best_size = lean, lean_weight, size
+    return best, *_cap(best_weight)
+
+
+def _lean_proposals(
+    density: StackedDensity, pool: Pool, log_weight: torch.Tensor, generator: torch.Generator
+) -> Iterator[DensityMixture]:
+    """Yield proposals for what the weighted pool stands for that do without a flow."""
+    gaussians = _fit_gaussians(pool.position, log_weight, generator)
+    if gaussians is not None:
+        (ensemble,) = density.ensembles
+        yield defensive_proposal(gaussians, list(ensemble.bases), _LEAST_SHARE)
     is_cheap = [not getattr(part, "is_slow", False) for part in pool.components]
-    log_prob = pool.component_log_prob[torch.tensor(is_cheap)]
-    is_proposed = (log_prob > -math.inf).any(0) & (probability > 0)
-    if is_proposed.any():
-        shares = mixture_shares(log_prob[:, is_proposed], probability[is_proposed])
+    log_prob, probability = pool.component_log_prob[torch.tensor(is_cheap)], _probability(log_weight)
+    rows = (log_prob > -math.inf).any(0) & (probability > 0)
+    if rows.any():
+        shares = mixture_shares(log_prob[:, rows], probability[rows], max_shortfall=1.0)
         # No component is left out: the density may need it where the pilot did not look.
         shares = (1 - _LEAST_SHARE) * shares + _LEAST_SHARE / len(shares)
-        cheap = [part for part, is_one in zip(pool.components, is_cheap, strict=True) if is_one]
-        lean = DensityMixture(cheap, shares.tolist())
-        # Judged on draws of the whole proposal too, which see what the lean one would miss.
-        log_square = (probability.log() + weight + pool.log_proposal - lean.mix(log_prob))[probability > 0].logsumexp(0)
-        seen_by_all = float((weight.logsumexp(0) - math.log(n_pilot) - log_square).exp())
-        lean_weight = log_weight(density, draw_pool(lean, n_pilot, generator))
-        if min(seen_by_all, float(effective_sample_size(lean_weight))) > _LEAST_LEAN_SAMPLE_SIZE:
-            return lean, *_cap(lean_weight)
-    return proposal, *_cap(weight)
+        yield DensityMixture(itertools.compress(pool.components, is_cheap), shares.tolist())
+
+
+def _fit_gaussians(position: torch.Tensor, log_weight: torch.Tensor, generator: torch.Generator) -> Mixture | None:
+    """Fit as many Gaussians to weighted draws as these say enough of, if they do of two."""
+    probability = _probability(log_weight.double())
+    n_effective, d = float(1 / probability.square().sum()), position.shape[1]
+    n_parameters = (d + 1) * (d + 2) // 2
+    n_components = min(_MAX_GAUSSIANS, int(n_effective / (_DRAWS_PER_PARAMETER * n_parameters)))
+    if n_components < 2:
+        return None
+    rows = probability > 0
+    draws, weight = position[rows].double(), len(rows) * probability[rows].unsqueeze(0)
+    (gaussians,) = fit_mixtures(draws, weight, n_components, covariance_type="full", generator=generator, tol=1e-3)
+    return gaussians.to(position.dtype)
+
+
+def _sample_size_of(proposal: DensityMixture, pool: Pool, log_weight: torch.Tensor) -> float:
+    """Return the effective sample size of another proposal, a fraction, as the draws of the pool see it."""
+    log_ratio = log_weight + pool.log_proposal - proposal.log_prob(pool.position)
+    log_mean_square = (log_weight + log_ratio)[log_weight > -math.inf].logsumexp(0)
+    return float((2 * log_weight.logsumexp(0) - log_mean_square - math.log(len(log_weight))).exp())
 
 
 def _cap(log_weight: torch.Tensor) -> tuple[float, float]:

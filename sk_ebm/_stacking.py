@@ -9,8 +9,6 @@ import torch
 from sk_ebm._types import Density, ModuleList
 
 _MAX_ITER = 2000
-# Nats by which the likelihood of all rows together may fall short of its maximum.
-_MAX_SHORTFALL = 1e-6
 # Rows that each density is taken to have before any is seen (Krichevsky and Trofimov): what no held-out row asked for
 # may yet be what a new one needs.
 _PRIOR_COUNT = 0.5
@@ -68,7 +66,7 @@ def rounded_counts(n_samples: int, shares: Sequence[float], generator: torch.Gen
     return [stop - start for start, stop in itertools.pairwise([0, *edges])]
 
 
-def mixture_shares(log_density: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def mixture_shares(log_density: torch.Tensor, weight: torch.Tensor, max_shortfall: float = 1e-6) -> torch.Tensor:
     """Maximise the weighted mean of ``log sum_c a_c p_c(row)`` over the simplex, a concave problem.
 
     EM steps are extrapolated, because plain EM all but stops long before the maximum where densities overlap.
@@ -79,6 +77,8 @@ def mixture_shares(log_density: torch.Tensor, weight: torch.Tensor) -> torch.Ten
         Log density (nats) of each row under each density; -inf where a density is zero, but not under all.
     weight : tensor of shape (n,)
         Non-negative row weights.
+    max_shortfall : float, default=1e-6
+        Nats by which the likelihood of all rows together may fall short of its maximum.
 
     Returns
     -------
@@ -105,7 +105,7 @@ def mixture_shares(log_density: torch.Tensor, weight: torch.Tensor) -> torch.Ten
     for _ in range(_MAX_ITER):
         first_gain = gain(share)
         # Concavity bounds what is left to gain by the largest slope towards a vertex of the simplex.
-        if float(first_gain.max() - 1) * density.shape[1] < _MAX_SHORTFALL:
+        if float(first_gain.max() - 1) * density.shape[1] < max_shortfall:
             break
         once = share * first_gain
         twice = once * gain(once)

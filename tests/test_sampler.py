@@ -9,10 +9,12 @@ from torch import nn
 from sk_ebm._energy import MLPEnergies, SeparateEnergies
 from sk_ebm._fitting import estimate_log_normalizer_of
 from sk_ebm._flow import make_flow
+from sk_ebm._log_normalizer import effective_sample_size
 from sk_ebm._mixture import fit_gaussian, fit_mixtures, mixture_of_mixtures
 from sk_ebm._model import StackedDensity, TiltedEnsemble
 from sk_ebm._sampler import (
     Chains,
+    _prepare_sampling,
     defensive_proposal,
     draw_from_density,
     draw_pool,
@@ -160,6 +162,38 @@ def test_draws_keep_a_mode_that_the_bases_hardly_propose(generator):
     flow.start_at(far.means[0], far.scale_trils[0])
     draws = draw_from_density(density, defensive_proposal(flow, [near]), 5000, generator)
     assert float((draws[:, 0] > 7).double().mean()) == pytest.approx(0.1, abs=0.02)
+
+
+class Ring(nn.Module):
+    """Energy that leaves of a base what is at distance one from the origin, more or less."""
+
+    def forward(self, z):
+        return 50 * (z.norm(dim=-1) - 1).square().reshape(1, -1)
+
+
+def test_a_curved_density_is_proposed_for_by_gaussians_and_not_by_the_flow(generator):
+    """The flow is untrained, and the base alone proposes one good draw in five."""
+    rows = torch.randn(400, 2, dtype=torch.float64, generator=generator)
+    wide = fit_gaussian(rows, torch.ones(400).double())
+    density, flow = alone(TiltedEnsemble([wide], Ring())), make_flow("spline", 2).double()
+    proposal = defensive_proposal(flow, [wide])
+    chosen, _, n_per_draw = _prepare_sampling(density, proposal, 4096, generator)
+    assert not chosen.is_slow
+    fraction, before = (
+        float(effective_sample_size(log_weight(density, draw_pool(q, 20_000, generator)))) for q in (chosen, proposal)
+    )
+    assert before < 0.4
+    assert fraction > 0.7
+    assert n_per_draw < 4
+    z = draw_from_density(density, proposal, 20_000, generator)
+    weights = draw_pool(proposal, 200_000, generator)
+    share, radius = log_weight(density, weights).softmax(0), weights.position.norm(dim=1)
+    mean = float(share @ radius)
+    assert float(z.norm(dim=1).mean()) == pytest.approx(mean, abs=0.005)
+    assert float(z.norm(dim=1).std()) == pytest.approx(float(share @ (radius - mean).square()) ** 0.5, abs=0.005)
+    assert float((z[:, 0] > 0).double().mean()) == pytest.approx(
+        float(share @ (weights.position[:, 0] > 0).double()), abs=0.02
+    )
 
 
 def test_few_draws_follow_the_density_as_many_do(generator):

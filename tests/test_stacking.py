@@ -88,6 +88,17 @@ def test_what_is_next_to_nothing_in_a_thousand_rows_is_something_in_twenty_thous
     assert 0 < shares[1] < 0.2
 
 
+def test_shares_fall_short_of_the_most_likely_ones_by_as_much_as_is_allowed():
+    z = torch.randn(4000, generator=torch.Generator().manual_seed(6)).double()
+    log_density = torch.stack([log_normal(z, mean, 1.1) for mean in (-0.3, 0.0, 0.1, 2.0)])
+
+    def total(shares):
+        return float((log_density + shares.log().unsqueeze(-1)).logsumexp(0).sum())
+
+    best, near = (mixture_shares(log_density, torch.ones(4000), limit) for limit in (1e-6, 1.0))
+    assert 1e-6 < total(best) - total(near) < 1
+
+
 def test_a_small_share_that_adds_much_is_kept():
     z = torch.randn(2000, generator=torch.Generator().manual_seed(4))
     z[:60] += 8
