@@ -380,9 +380,10 @@ class EBMFlowDensity(Versioned, CallbackSupportMixin, DensityMixin, BaseEstimato
         """Draw rows from the fitted density.
 
         Each ensemble of the pool is drawn from by its share. Where no energy tilts its bases, these draw for
-        themselves. Elsewhere proposals of the bases, and of the flow where those do not suffice, are kept as often as
-        their weights ask, on average, and what is kept more than once is moved apart by Langevin steps. The law of
-        the draws is that of the fitted density as far as the proposals cover it: see `effective_sample_size_`.
+        themselves. Elsewhere proposals are kept as often as their weights ask, on average, and what is kept more than
+        once is moved apart by Langevin steps. They come from the bases or from Gaussians fitted to the density, or
+        from the flow where neither suffices. The law of the draws is that of the fitted density as far as the
+        proposals cover it: see `effective_sample_size_`.
 
         Parameters
         ----------
