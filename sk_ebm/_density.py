@@ -42,8 +42,6 @@ except ImportError:  # scikit-learn before 1.9 has no callbacks.
 
 DOC_LINK = "https://sk-ebm.readthedocs.io/en/stable/api.html#sk_ebm.{estimator_name}"
 _POOL_CHUNK = 8192
-# From so many rows on, mixtures leave little to gain, and energies take longer to find it.
-_MANY_ROWS = 2500
 _MODEL_PARAMETERS = (
     "base",
     "feature_map",
@@ -118,8 +116,8 @@ class EBMFlowDensity(Versioned, CallbackSupportMixin, DensityMixin, BaseEstimato
         Share of the rows that each energy holds out, rounded to one fold of an equal deal. Every energy needs a fold
         of its own, so with the default six energies it is 1/6 whatever larger share is asked for.
     n_iter_no_change : int, default=10
-        Validation checks, one every five iterations, without improvement before stopping. Below 2500 rows, six are
-        enough to give up energies that have hardly beaten their base, unless `learning_rate` is your own.
+        Validation checks, one every five iterations, without improvement before stopping. Six are enough to give up
+        energies that have hardly beaten their base, unless `learning_rate` is your own.
     tol : float, default=0.001
         Smallest improvement of the held-out log-likelihood per row (nats) that counts.
     sampler : {"isir", "imh"}, default="isir"
@@ -546,7 +544,7 @@ class EBMFlowDensity(Versioned, CallbackSupportMixin, DensityMixin, BaseEstimato
                 n_local_steps=self.n_local_steps,
                 early_stopping=self.early_stopping,
                 n_iter_no_change=self.n_iter_no_change,
-                n_iter_first_gain=6 if isinstance(rate, str) and n_samples < _MANY_ROWS else self.n_iter_no_change,
+                n_iter_first_gain=6 if isinstance(rate, str) else self.n_iter_no_change,
                 tol=self.tol,
                 group=group,
                 data_share=total_weight * group.size / sum(group.gather(total_weight)),

@@ -43,9 +43,10 @@ _MAX_ROUNDS_AT_GATE = 20
 # What is still to come after a quarter of the iterations, in shares of what they have gained: a fifth at most where it
 # earned a base a share. A base that would trail another even so is not worth the rest of them.
 _STILL_TO_COME = 0.3
-# Times `tol` that energies must have gained by the time that a first gain is due: those on a base that fits may add a
-# thousandth of a nat soon, and nothing more in all the iterations that they would go on for.
-_FIRST_GAIN = 3.0
+# Times `tol`, or times what may come by chance, that energies must have gained by the time that a first gain is due:
+# those on a base that fits may add a thousandth of a nat soon, and nothing more in all the iterations that they would go
+# on for.
+_FIRST_GAIN_OF_TOL, _FIRST_GAIN_OF_CHANCE = 3.0, 1.5
 
 
 class Outcome(enum.Enum):
@@ -116,6 +117,7 @@ class Monitor:
     best_score: float = -math.inf
     best: Any = None
     _start: float | None = None
+    _highest: float = -math.inf
     _n_since_start: int = 0
     _bar: float = -math.inf
     _reference: float = -math.inf
@@ -138,7 +140,8 @@ class Monitor:
             self.best_score, self.best = score, keep()
         self._n_since_start += 1
         if self._start is None:
-            self._start, self._n_since_start = score, 0
+            self._start, self._highest, self._n_since_start = score, score, 0
+        self._highest = max(self._highest, score)
         if score > self._reference + self.settings.tol:
             self._reference, self._stale = score, 0
         else:
@@ -148,7 +151,8 @@ class Monitor:
         """Return why to stop, if the score has not improved for so many checks as the settings allow."""
         patience = self.settings.n_iter_no_change
         is_first_gain_due = self._uncovered == 0 and self._n_since_start >= self.settings.n_iter_first_gain
-        is_vain = is_first_gain_due and self.gain() <= _FIRST_GAIN * min(self.settings.tol, self.by_chance)
+        first_gain = min(_FIRST_GAIN_OF_TOL * self.settings.tol, _FIRST_GAIN_OF_CHANCE * self.by_chance)
+        is_vain = is_first_gain_due and self.gain() <= first_gain
         if not self.settings.early_stopping or (self._stale < patience and not is_vain):
             return None
         return Outcome.SAMPLER_TOO_WEAK if self._uncovered >= patience else Outcome.CONVERGED
@@ -158,8 +162,8 @@ class Monitor:
         return self.best_score + self.settings.tol + _STILL_TO_COME * self.gain()
 
     def gain(self) -> float:
-        """Return by how much (nats) the best score beats the first one that counts."""
-        return self.best_score - (self.best_score if self._start is None else self._start)
+        """Return by how much (nats) the highest score beats the first one that counts, clearly or not."""
+        return 0.0 if self._start is None else self._highest - self._start
 
 
 def train(

@@ -128,7 +128,7 @@ def test_energies_that_do_not_beat_the_start_are_given_up_early():
 
 @pytest.mark.parametrize(
     ("gain", "by_chance", "reason"),
-    [(0.002, 0.01, Outcome.CONVERGED), (0.004, 0.01, None), (0.002, 0.0004, None), (0.001, 0.0004, Outcome.CONVERGED)],
+    [(0.002, 0.01, Outcome.CONVERGED), (0.004, 0.01, None), (0.0005, 0.0004, Outcome.CONVERGED), (0.001, 0.0004, None)],
 )
 def test_energies_that_gain_next_to_nothing_at_first_are_given_up_too(gain, by_chance, reason):
     monitor = Monitor(settings(tol=0.001, n_iter_no_change=9, n_iter_first_gain=2), by_chance)
