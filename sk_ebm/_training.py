@@ -43,8 +43,8 @@ _MAX_ROUNDS_AT_GATE = 20
 # What is still to come after a quarter of the iterations, in shares of what they have gained: a fifth at most where it
 # earned a base a share. A base that would trail another even so is not worth the rest of them.
 _STILL_TO_COME = 0.3
-# Times `tol`, or what may come by chance, that energies must have gained by the time that a first gain is due: those on a
-# base that fits may add a thousandth of a nat soon, and nothing more in all the iterations that they would go on for.
+# Times `tol`, or what may come by chance, that energies must have gained by the time that a first gain is due: those on
+# a base that fits may add a thousandth of a nat soon, and nothing more in all the iterations that they would go on for.
 _FIRST_GAIN_OF_TOL, _FIRST_GAIN_OF_CHANCE = 3.0, 1.5
 
 
