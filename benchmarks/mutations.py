@@ -84,7 +84,7 @@ MUTATIONS = {
         ("2 * log_weight.logsumexp(0) - log_mean_square", "log_weight.logsumexp(0) - log_mean_square"),
         ("yield defensive_proposal(gaussians, list(ensemble.bases), _LEAST_SHARE)", "pass"),
         ("log_density(self.position, log_base) - log_proposal", "log_density(self.position, log_base)"),
-        ("is_finite & pool.log_proposal.isfinite(), pool.log_proposal", "is_finite, pool.log_proposal"),
+        ("torch.where(is_finite, pool.log_proposal, math.inf)", "pool.log_proposal"),
     ],
 }
 

@@ -92,7 +92,7 @@ def draw_pool(proposal: DensityMixture, n_samples: int, generator: torch.Generat
     position = proposal.sample(n_samples, generator)
     is_finite = position.isfinite().all(-1)
     pool = _evaluate(proposal, torch.where(is_finite.unsqueeze(-1), position, 0.0))
-    log_proposal = torch.where(is_finite & pool.log_proposal.isfinite(), pool.log_proposal, math.inf)
+    log_proposal = torch.where(is_finite, pool.log_proposal, math.inf)
     return pool._replace(log_proposal=log_proposal)
 
 

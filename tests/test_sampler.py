@@ -295,6 +295,45 @@ def test_draws_without_any_weight_are_the_proposals(proposal, model, generator):
     assert draw_from_density(alone(model), proposal, 50, generator).shape == (50, 2)
 
 
+class Leaky(nn.Module):
+    """Standard normal whose every second draw overflows."""
+
+    def log_prob(self, z):
+        return -0.5 * z.square().sum(-1) - math.log(2 * math.pi)
+
+    def sample(self, n_samples, generator):
+        z = torch.randn(n_samples, 2, dtype=torch.float64, generator=generator)
+        return torch.where(torch.arange(n_samples).unsqueeze(1) % 2 == 0, z, math.inf)
+
+
+def test_proposals_that_overflow_weigh_nothing(model, generator):
+    pool = draw_pool(DensityMixture([Leaky(), Leaky()], [0.5, 0.5]), 1000, generator)
+    assert pool.position.isfinite().all()
+    assert int(pool_log_weight(model, pool)[0].isneginf().sum()) == 500
+    assert (pool.controls.isfinite()).all()
+
+
+class Overflowing(nn.Module):
+    """Density that cannot tell how likely its own draws are."""
+
+    def __init__(self, log_prob):
+        super().__init__()
+        self.value = log_prob
+
+    def log_prob(self, z):
+        return torch.full((len(z),), self.value).to(z)
+
+    def sample(self, n_samples, generator):
+        return torch.zeros(n_samples, 2).double()
+
+
+@pytest.mark.parametrize("log_prob", [-math.inf, math.nan])
+def test_a_proposal_without_a_density_weighs_nothing(model, generator, log_prob):
+    pool = draw_pool(DensityMixture([Overflowing(log_prob), Overflowing(log_prob)], [0.5, 0.5]), 10, generator)
+    assert pool_log_weight(model, pool).isneginf().all()
+    assert (pool.controls == 0).all()
+
+
 def test_weights_that_are_no_numbers_count_as_zero(model, proposal, generator):
     pool = draw_pool(proposal, 100, generator)
     broken = pool._replace(log_proposal=torch.where(torch.arange(100) < 50, math.inf, pool.log_proposal))
