@@ -320,12 +320,12 @@ def _lean_proposals(
 
 def _fit_gaussians(position: torch.Tensor, log_weight: torch.Tensor, generator: torch.Generator) -> Mixture | None:
     """Fit as many Gaussians to weighted draws as these say enough of, if they do of two."""
-    probability = _probability(log_weight.double())
-    n_effective, d = float(1 / probability.square().sum()), position.shape[1]
+    n_effective, d = len(position) * float(effective_sample_size(log_weight)), position.shape[1]
     n_parameters = (d + 1) * (d + 2) // 2
     n_components = min(_MAX_GAUSSIANS, int(n_effective / (_DRAWS_PER_PARAMETER * n_parameters)))
     if n_components < 2:
         return None
+    probability = _probability(log_weight.double())
     rows = probability > 0
     draws, weight = position[rows].double(), len(rows) * probability[rows].unsqueeze(0)
     (gaussians,) = fit_mixtures(draws, weight, n_components, covariance_type="full", generator=generator, tol=1e-3)
