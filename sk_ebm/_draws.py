@@ -20,7 +20,7 @@ def draw_samples(density: Any, n_samples: int, random_state: Any) -> np.ndarray:
     options = {}
     if "random_state" in inspect.signature(density.sample).parameters:
         options["random_state"] = random_state
-    elif random_state is not None and "random_state" in density.get_params():
+    elif random_state is not None and hasattr(density, "get_params") and "random_state" in density.get_params():
         density = copy.copy(density).set_params(random_state=random_state)
     drawn = density.sample(n_samples, **options)
     return drawn[0] if isinstance(drawn, tuple) else drawn

@@ -83,7 +83,7 @@ def class_proportions(
         If `response_method` is unknown, there are fewer than two draws, or the classifier returns the wrong number of
         labels.
     TypeError
-        If the density has no `sample`.
+        If the density has no `sample`, or the classifier is neither an estimator with `predict` nor a function.
 
     Examples
     --------
@@ -209,7 +209,8 @@ class DensityClassifier(Versioned, ClassifierMixin, BaseEstimator):
         Raises
         ------
         ValueError
-            If the density cannot be fitted to a class; the message names the class and the number of its rows.
+            If the density cannot be fitted to a class, where the message names the class and the number of its rows;
+            if no row has a weight, or `class_prior` is no distribution over the classes.
         TypeError
             If the density has no `score_samples`, or takes no `sample_weight` where there is one.
         """
@@ -244,7 +245,8 @@ class DensityClassifier(Versioned, ClassifierMixin, BaseEstimator):
         return self._score_by_class(check_rows(self, X, reset=False))
 
     def _score_by_class(self, X: np.ndarray) -> np.ndarray:
-        return np.column_stack([density.score_samples(X) for density in self.densities_])
+        rows = _with_names(X, self)
+        return np.column_stack([density.score_samples(rows) for density in self.densities_])
 
     def _calibrated(self, X: Any) -> np.ndarray:
         """Return the calibrated log density of each row under each class, shape (n_samples, n_classes)."""
@@ -281,9 +283,10 @@ class DensityClassifier(Versioned, ClassifierMixin, BaseEstimator):
         weight = np.ones(len(log_density))
         if sample_weight is not None:
             weight = _check_sample_weight(sample_weight, log_density, dtype=np.float64, ensure_non_negative=True)
-        is_inside = np.isfinite(log_density).any(1)
-        n_outside = int((~is_inside & (weight > 0)).sum())
-        if not weight[is_inside].sum() > 0:
+        is_inside, counts = np.isfinite(log_density).any(1), weight > 0
+        n_outside = int((counts & ~is_inside).sum())
+        counts &= is_inside
+        if not counts.any():
             raise ValueError(
                 f"None of the {len(weight)} rows has a positive weight and a positive density under any class, so they "
                 "say nothing of the proportions. Check the units of X, or use densities without compact support."
@@ -295,7 +298,7 @@ class DensityClassifier(Versioned, ClassifierMixin, BaseEstimator):
                 ProportionsWarning,
                 stacklevel=2,
             )
-        log_density, weight = log_density[is_inside], weight[is_inside]
+        log_density, weight = log_density[counts], weight[counts]
         if self.prior_count > 0:
             # The prior is so many rows more, each known to be of its class.
             of_class = np.where(np.eye(len(self.classes_)) > 0, 0.0, -np.inf)
@@ -315,6 +318,8 @@ class DensityClassifier(Versioned, ClassifierMixin, BaseEstimator):
         weight = np.ones(len(X))
         if sample_weight is not None:
             weight = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
+        if not (weight > 0).any():
+            raise ValueError("All of sample_weight is zero, so there is no row to fit. Give some row a weight.")
         classes, label = np.unique(y[weight > 0], return_inverse=True)
         X, given_weight, weight = X[weight > 0], sample_weight, weight[weight > 0]
         prior = self._prior(np.bincount(label, weights=weight) / weight.sum())
@@ -323,8 +328,9 @@ class DensityClassifier(Versioned, ClassifierMixin, BaseEstimator):
             raise TypeError(
                 f"{type(densities[0]).__name__} takes no sample_weight; fit without, or use another density."
             )
+        rows = _with_names(X, self)
         parts = [
-            (X[label == k], None if given_weight is None else weight[label == k], name)
+            (rows[label == k], None if given_weight is None else weight[label == k], name)
             for k, name in enumerate(classes)
         ]
         fit = Parallel(n_jobs=self.n_jobs)
@@ -342,14 +348,18 @@ class DensityClassifier(Versioned, ClassifierMixin, BaseEstimator):
                 log_density[label == k, k] = values
             is_known = ~np.isnan(log_density).any(1) & np.isfinite(log_density).any(1)
             n_known = np.bincount(label[is_known], minlength=len(classes))
-            if n_known.all():
+            unknown = n_known.argmin()
+            if n_known[unknown] > 0:
                 self.calibration_ = fit_calibration(
                     log_density[is_known], X[is_known].astype(np.float64), label[is_known], weight[is_known]
                 )
             else:
+                reason, remedy = "has too few rows to hold some out", "give more rows"
+                if not np.isnan(own[unknown]).all():
+                    reason, remedy = "has density zero at all rows that were held out", "use wider densities"
                 warnings.warn(
-                    f"Class {classes[n_known.argmin()]} has too few rows to hold some out, so log densities are used "
-                    "as they are. Set calibrate=False to agree, or give more rows.",
+                    f"Class {classes[unknown]} {reason}, so log densities are used as they are. Set calibrate=False to "
+                    f"agree, or {remedy}.",
                     ProportionsWarning,
                     stacklevel=3,
                 )
@@ -381,7 +391,7 @@ class DensityClassifier(Versioned, ClassifierMixin, BaseEstimator):
         return densities
 
 
-def _fit_class(density: Any, X: np.ndarray, weight: np.ndarray | None, name: Any) -> Any:
+def _fit_class(density: Any, X: Any, weight: np.ndarray | None, name: Any) -> Any:
     """Fit the density of one class, and name the class where that fails."""
     try:
         return density.fit(X) if weight is None else density.fit(X, sample_weight=weight)
@@ -391,9 +401,7 @@ def _fit_class(density: Any, X: np.ndarray, weight: np.ndarray | None, name: Any
         ) from error
 
 
-def _held_out_log_density(
-    unfitted: Any, fitted: Any, X: np.ndarray, weight: np.ndarray | None, name: Any
-) -> np.ndarray:
+def _held_out_log_density(unfitted: Any, fitted: Any, X: Any, weight: np.ndarray | None, name: Any) -> np.ndarray:
     """Return log densities (nats) of the rows of a class that its density has not seen, nan where it has."""
     if hasattr(fitted, "oob_log_density_"):
         return fitted.oob_log_density_
@@ -433,13 +441,18 @@ def _weighted_rows(density: Any, n_samples: int, random_state: Any) -> tuple[np.
 
 def _as_seen_by(classifier: Any, X: np.ndarray, density: Any) -> Any:
     """Return draws as a frame where both the density and the classifier were fitted to one."""
-    if not (hasattr(density, "feature_names_in_") and hasattr(classifier, "feature_names_in_")):
+    return _with_names(X, density) if hasattr(classifier, "feature_names_in_") else X
+
+
+def _with_names(X: np.ndarray, estimator: Any) -> Any:
+    """Return rows as a frame, if the estimator was fitted to one."""
+    if not hasattr(estimator, "feature_names_in_"):
         return X
     try:
         from pandas import DataFrame
     except ImportError:  # The frames were of another kind.
         return X
-    return DataFrame(X, columns=density.feature_names_in_)
+    return DataFrame(X, columns=estimator.feature_names_in_)
 
 
 def _memberships(classifier: Any, X: Any, response_method: str) -> tuple[np.ndarray, np.ndarray]:
@@ -472,7 +485,8 @@ def _std_errors(
     The observed information is ``H = sum_i w_i r_i r_i'`` with ``r_ic = p_c(x_i) / sum_k share_k p_k(x_i)``,
     restricted to changes of the positive shares that keep their sum; an offset of log p_c shifts the shares through
     the score. A share of zero is no stationary point: its error is how far it can rise, the others shrinking in
-    proportion, before the log-likelihood has fallen by one half, which inside the simplex is one standard error too.
+    proportion, before the log-likelihood has fallen by one half, which inside the simplex is one standard error too;
+    and by so much are these uncertain as well.
     """
     with np.errstate(divide="ignore"):
         log_mixture = logsumexp(log_density + np.log(proportions), axis=1, keepdims=True)
@@ -487,9 +501,10 @@ def _std_errors(
     covariance = basis @ np.linalg.pinv(basis.T @ information @ basis) @ basis.T
     shift = covariance @ (np.diag(weight @ present) - information * share)
     offset_covariance = offset_covariance[np.ix_(is_present, is_present)]
-    std_errors[is_present] = np.sqrt(np.diag(covariance + shift @ offset_covariance @ shift.T))
+    variance_of_present = np.diag(covariance + shift @ offset_covariance @ shift.T)
 
     slope = np.maximum(weight.sum() - weight @ ratio[:, ~is_present], 0.0)
     curvature = weight @ np.square(ratio[:, ~is_present] - 1)
     std_errors[~is_present] = 1 / (slope + np.sqrt(np.square(slope) + curvature))
+    std_errors[is_present] = np.sqrt(variance_of_present + np.square(share) * np.square(std_errors[~is_present]).sum())
     return std_errors

@@ -93,9 +93,11 @@ def mixture_shares(log_density: torch.Tensor, weight: torch.Tensor, max_shortfal
     R. Varadhan, C. Roland, "Simple and globally convergent methods for accelerating the convergence of any EM
     algorithm", Scandinavian Journal of Statistics 35, 2008.
     """
+    # A row without weight may be impossible under what the others are likely under.
+    log_density, weight = log_density[:, weight > 0].double(), weight[weight > 0].double()
     # A row counts only by the ratios of its densities, so each row is scaled by its largest.
-    density = (log_density.double() - log_density.double().amax(0)).exp()
-    weight = weight.double() / weight.double().sum()
+    density = (log_density - log_density.amax(0)).exp()
+    weight = weight / weight.sum()
     share = torch.full((len(density),), 1 / len(density), dtype=torch.float64, device=weight.device)
 
     def gain(share: torch.Tensor) -> torch.Tensor:

@@ -129,6 +129,14 @@ class TestClassProportions:
         assert shares.proportions[1] == pytest.approx(0.3, abs=0.06)
         assert shares.std_errors[1] == pytest.approx(np.sqrt(0.3 * 0.7 / 5000), rel=0.1)
 
+    def test_a_density_need_not_be_an_estimator(self):
+        class Draws:
+            def sample(self, n_samples):
+                return np.arange(n_samples).reshape(-1, 1)
+
+        found = class_proportions(Draws(), lambda X: X[:, 0] < 5, n_samples=20, random_state=0)
+        np.testing.assert_allclose(found.proportions, [0.75, 0.25])
+
     def test_draws_of_another_density_are_reproducible(self):
         density = GaussianMixture(2, random_state=0).fit(two_classes(600, 0.3, shift=5.0)[0])
         first, second, third = (
@@ -221,6 +229,14 @@ class TestDensityClassifier:
         classifier = DensityClassifier(Normal()).fit(frame, y)
         np.testing.assert_array_equal(classifier.predict(frame), DensityClassifier(Normal()).fit(X, y).predict(X))
 
+    def test_names_of_features_reach_the_densities(self):
+        X, y = two_classes(100, 0.5)
+        frame = pd.DataFrame(X, columns=["left", "up"])
+        model = DensityClassifier(quick(bounds={"up": (-9, None)})).fit(frame, y)
+        assert model.densities_[0].feature_names_in_.tolist() == ["left", "up"]
+        log_density = model.score_samples_by_class(pd.DataFrame({"left": [0.0, 0.0], "up": [-10.0, 0.0]}))
+        np.testing.assert_array_equal(np.isneginf(log_density), [[True, True], [False, False]])
+
     def test_prior_count_is_so_many_rows_of_each_class(self, classifier):
         X = np.random.default_rng(0).normal(-4, 1, (20, 2))
         steadied = copy(classifier).set_params(prior_count=0.5)
@@ -289,6 +305,13 @@ class TestDensityClassifier:
         weighted, repeated = classifier.estimate_proportions(X, weight), classifier.quantify(X.repeat(weight, axis=0))
         np.testing.assert_allclose(weighted.proportions, repeated, atol=1e-6)
 
+    def test_rows_of_no_weight_say_nothing_even_where_only_an_absent_class_is(self):
+        X, y = two_classes(200, 0.5, shift=60.0)
+        model = DensityClassifier(KernelDensity(bandwidth=0.5), calibrate=False).fit(X, y)
+        found, without = model.estimate_proportions(X, y == 0), model.estimate_proportions(X[y == 0])
+        np.testing.assert_array_equal(found.proportions, [1, 0])
+        np.testing.assert_array_equal(found.std_errors, without.std_errors)
+
     def test_extreme_log_densities_do_not_underflow(self, classifier):
         far = two_classes(100, 0.5)[0] * 1e3
         assert np.isfinite(classifier.estimate_proportions(far).proportions).all()
@@ -310,6 +333,8 @@ class TestDensityClassifier:
         np.testing.assert_allclose(found.proportions, [1, 0, 0, 0], atol=1e-4)
         assert (found.std_errors < 0.02).all()
         assert (found.std_errors[1:] > 0.001).all()
+        # What the others may have, the first one lacks.
+        assert found.std_errors[0] == pytest.approx(np.linalg.norm(found.std_errors[1:]), rel=0.05)
 
     def test_std_error_of_a_share_of_zero_is_a_fall_of_one_half(self, classifier):
         X = two_classes(400, 0.0, seed=8)[0]
@@ -360,6 +385,12 @@ class TestDensityClassifier:
             model = DensityClassifier(GaussianMixture(9, random_state=0)).fit(X[keep], y[keep])
         assert model.calibration_.scale == 1
 
+    def test_classes_whose_held_out_rows_are_impossible_are_fitted_with_a_warning(self):
+        density = KernelDensity(kernel="tophat", bandwidth=1e-6)
+        with pytest.warns(ProportionsWarning, match="Class 0 has density zero at all rows that were held out"):
+            model = DensityClassifier(density).fit(*two_classes(200, 0.5))
+        assert model.calibration_.scale == 1
+
     def test_random_state_reaches_every_step_of_a_density(self):
         pipe = make_pipeline(StandardScaler(), GaussianMixture(2))
         model = DensityClassifier(pipe, calibrate=False, random_state=0).fit(*two_classes(100, 0.5))
@@ -383,6 +414,11 @@ class TestDensityClassifier:
     def test_density_without_weights_says_so(self):
         with pytest.raises(TypeError, match="GaussianMixture takes no sample_weight"):
             DensityClassifier(GaussianMixture()).fit(*two_classes(50, 0.5), sample_weight=np.ones(50))
+
+    def test_some_row_must_have_a_weight(self):
+        # Recent versions of scikit-learn say so first, in words of their own.
+        with pytest.raises(ValueError, match="zero"):
+            DensityClassifier(Normal()).fit(*two_classes(50, 0.5), sample_weight=np.zeros(50))
 
     def test_classes_of_weight_zero_are_no_classes(self):
         X, y = two_classes(100, 0.5)

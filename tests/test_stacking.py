@@ -37,6 +37,12 @@ def test_disjoint_densities_get_the_shares_of_their_rows():
     torch.testing.assert_close(mixture_shares(log_density, torch.ones(10)), torch.tensor([0.3, 0.7]).double())
 
 
+def test_a_row_of_no_weight_may_be_impossible_under_the_rest():
+    log_density = torch.tensor([[0.0, 0.0, -torch.inf], [-torch.inf, -torch.inf, 0.0]])
+    shares = mixture_shares(log_density, torch.tensor([1.0, 1.0, 0.0]))
+    torch.testing.assert_close(shares, torch.tensor([1.0, 0.0]).double())
+
+
 def test_a_useless_candidate_gets_nothing():
     z = torch.randn(500, generator=torch.Generator().manual_seed(2))
     shares = mixture_shares(torch.stack([log_normal(z, 0.0), log_normal(z, 9.0)]), torch.ones(500))
