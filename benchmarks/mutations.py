@@ -1,4 +1,4 @@
-"""Break kernels, sampler, log Z, feature map, flows and training loop a line at a time, and see whether a test fails.
+"""Break kernels, sampler, log Z, feature map, flows, training loop and pictures a line at a time: does a test fail?
 
 Run ``python benchmarks/mutations.py``. It works on a copy; about ten minutes on two cores. ``--check`` only looks
 whether the lines are still there.
@@ -22,6 +22,7 @@ TESTS = {
     "_training": ["test_training.py", "test_faults.py", "test_density.py"],
     "_flow_fitting": ["test_flow_fitting.py", "test_flow.py"],
     "_sampler": ["test_sampler.py"],
+    "_display": ["test_display.py"],
 }
 MUTATIONS = {
     "_kernels": [
@@ -85,6 +86,17 @@ MUTATIONS = {
         ("yield defensive_proposal(gaussians, list(ensemble.bases), _LEAST_SHARE)", "pass"),
         ("log_density(self.position, log_base) - log_proposal", "log_density(self.position, log_base)"),
         ("torch.where(is_finite, pool.log_proposal, math.inf)", "pool.log_proposal"),
+    ],
+    "_display": [
+        ("self.axes[1], self.density.T", "self.axes[1], self.density"),
+        ("error = np.minimum(1.96 *", "error = np.minimum(0 *"),
+        ("hlines(self.truth,", "hlines(0 * self.truth,"),
+        ("[share * mass if share < _WHOLE else mass for mass in masses]", "masses"),
+        ("ax.set_xlim(*_limits(self.X[:, j]))", "pass"),
+        ("ax.set_ylim(*_limits(self.X[:, i]))", "pass"),
+        ("ax.scatter(rows[:, j], rows[:, i]", "ax.scatter(rows[:, i], rows[:, j]"),
+        ("bins=bins, weights=heights,", "bins=bins, density=True,"),
+        ("_some(self.draws, max(len(rows), 300))", "self.draws[: max(len(rows), 300)]"),
     ],
 }
 

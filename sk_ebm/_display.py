@@ -1,6 +1,7 @@
 """Pictures in scikit-learn's Display style; matplotlib is imported on use."""
 
 import itertools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,8 +18,8 @@ _MODEL, _DATA, _OTHERS = "#0072B2", "#D55E00", ("#009E73", "#CC79A7", "#E69F00",
 _MASSES = (0.99, 0.95, 0.8, 0.6, 0.4, 0.2)
 # Margin of a grid beyond the data, as a share of their range.
 _MARGIN = 0.1
-# What is in view counts as all of the density above this share, the grid being coarse.
-_WHOLE = 0.97
+# What is in view counts as all of the density between these shares, the grid being coarse.
+_WHOLE, _TOO_MUCH = 0.97, 1.1
 _MAX_SHOWN_ROWS = 2000
 
 
@@ -109,6 +110,13 @@ class DensityDisplay:
         -------
         DensityDisplay
             The picture.
+
+        Raises
+        ------
+        TypeError
+            If there are three features or more, and the density has no `sample`.
+        ValueError
+            If `ax` is given for a corner plot, which takes a figure of its own.
         """
         check_is_fitted(estimator)
         given, names = X, getattr(X, "columns", None)
@@ -117,12 +125,12 @@ class DensityDisplay:
         if X.shape[1] > 2:
             shown = list(range(min(6, X.shape[1]))) if features is None else list(features)
             draws = draw_samples(estimator, n_samples, random_state)[:, shown]
-            return cls(X[:, shown], [names[j] for j in shown], draws=draws).plot()
+            return cls(X[:, shown], [names[j] for j in shown], draws=draws).plot(ax=ax)
         margin = _MARGIN * np.ptp(X, axis=0)
         axes = [np.linspace(low, high, n_grid) for low, high in zip(X.min(0) - margin, X.max(0) + margin, strict=True)]
         grid = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, X.shape[1])
         # An estimator fitted to a frame wants the names of its columns back.
-        rows = grid if not hasattr(given, "columns") else type(given)(dict(zip(names, grid.T, strict=True)))
+        rows = grid if not hasattr(given, "columns") else type(given)(dict(zip(given.columns, grid.T, strict=True)))
         density = np.exp(estimator.score_samples(rows)).reshape([n_grid] * X.shape[1])
         return cls(X, names, axes=axes, density=density).plot(ax=ax)
 
@@ -138,8 +146,17 @@ class DensityDisplay:
         -------
         DensityDisplay
             The picture itself.
+
+        Raises
+        ------
+        ValueError
+            If there is neither a density on a grid nor draws, or `ax` is given for a corner plot of draws.
         """
         if self.density is None:
+            if self.draws is None:
+                raise ValueError("There is nothing to draw: give axes and density, or draws, or use from_estimator.")
+            if ax is not None:
+                raise ValueError("A corner plot takes a figure of its own. Leave ax out, or give one or two features.")
             return self._plot_corner()
         self.figure_, self.ax_ = _figure_and_axes(ax)
         if len(self.feature_names) == 1:
@@ -149,12 +166,15 @@ class DensityDisplay:
         share = self._share_in_view()
         if share < _WHOLE:
             self.ax_.set_title(f"{share:.0%} of the density is in view", fontsize="medium")
+        elif share > _TOO_MUCH:
+            note = f"the density adds up to {share:.3g} here: is X in its units, n_grid large enough?"
+            self.ax_.set_title(note, fontsize="medium")
         return self
 
     def _share_in_view(self) -> float:
-        """Return the integral of the density over the grid, at most one."""
+        """Return the integral of the density over the grid; more than one if it is not what X is in, or too spiky."""
         assert self.axes is not None and self.density is not None
-        return min(1.0, float(self.density.sum() * np.prod([axis[1] - axis[0] for axis in self.axes])))
+        return float(self.density.sum() * np.prod([axis[1] - axis[0] for axis in self.axes]))
 
     def _plot_curve(self) -> None:
         assert self.axes is not None and self.density is not None
@@ -206,7 +226,7 @@ class DensityDisplay:
         )
         rows = _some(self.X)
         # About as many draws as rows, or they would hide the rows.
-        draws = self.draws[: max(len(rows), 300)]
+        draws = _some(self.draws, max(len(rows), 300))
         for i in range(d):
             for j in range(d):
                 ax = self.axes_[i, j]
@@ -215,7 +235,9 @@ class DensityDisplay:
                     self.axes_[i, j] = None
                 elif i == j:
                     bins = np.histogram_bin_edges(self.X[:, i], bins=30)
-                    ax.hist(self.draws[:, i], bins=bins, density=True, color=_MODEL, alpha=0.4)
+                    # A share of all draws, those out of view too: a model too wide must not look right.
+                    heights = np.full(len(self.draws), 1 / (len(self.draws) * (bins[1] - bins[0])))
+                    ax.hist(self.draws[:, i], bins=bins, weights=heights, color=_MODEL, alpha=0.4)
                     ax.hist(self.X[:, i], bins=bins, density=True, color=_DATA, histtype="step")
                     ax.set_yticks([])
                 else:
@@ -418,8 +440,8 @@ class ProportionsDisplay:
             zip(self.proportions.items(), itertools.cycle((_MODEL, _DATA, *_OTHERS)), strict=False)
         ):
             at = position + (k - (len(self.proportions) - 1) / 2) * width
-            # A share cannot be negative.
-            error = np.stack([np.minimum(1.96 * found.std_errors, found.proportions), 1.96 * found.std_errors])
+            # A share is neither negative nor above one.
+            error = np.minimum(1.96 * found.std_errors, [found.proportions, 1 - found.proportions])
             self.ax_.bar(at, found.proportions, width, color=color, alpha=0.7, label=name)
             self.ax_.errorbar(at, found.proportions, error, fmt="none", color="black", capsize=3, linewidth=1)
         if self.truth is not None:
@@ -444,13 +466,13 @@ def _figure_and_axes(ax: Any) -> tuple[Any, Any]:
     return _pyplot().subplots(layout="constrained")
 
 
-def _some(X: np.ndarray) -> np.ndarray:
-    """Return rows evenly spread over X, few enough to see."""
-    return X[:: max(1, len(X) // _MAX_SHOWN_ROWS)]
+def _some(X: np.ndarray, most: int = _MAX_SHOWN_ROWS) -> np.ndarray:
+    """Return rows evenly spread over X, few enough to see: some densities draw one component after the other."""
+    return X[:: math.ceil(len(X) / most)]
 
 
 def _limits(x: np.ndarray) -> tuple[float, float]:
-    margin = _MARGIN * float(np.ptp(x))
+    margin = _MARGIN * float(np.ptp(x)) or 0.5
     return float(x.min()) - margin, float(x.max()) + margin
 
 

@@ -9,6 +9,8 @@ from scipy.integrate import trapezoid
 from sklearn.mixture import GaussianMixture
 from sklearn.naive_bayes import GaussianNB
 from sklearn.neighbors import KernelDensity
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 from sk_ebm import (
     ClassProportions,
@@ -54,11 +56,16 @@ def test_two_features_are_contours_of_shares_of_the_density(rows, fitted):
     cell = np.prod([axis[1] - axis[0] for axis in display.axes])
     assert display.density.sum() * cell == pytest.approx(1, abs=0.08)
     assert display.density.shape == (200, 200)
-    # The first axis of the grid is the first feature, which is drawn to the right.
-    low, high = display.ax_.get_xlim()
-    assert low < rows[:, 0].min() < rows[:, 0].max() < high
+    np.testing.assert_array_equal(display.ax_.collections[1].get_offsets(), rows[:, :2])
     bar = display.figure_.axes[1]
     assert bar.get_yticklabels()[0].get_text() == "99%"
+
+
+def test_the_first_feature_of_contours_is_to_the_right():
+    X = np.random.default_rng(0).normal(np.repeat([[0, 3], [10, 0]], [90, 10], axis=0), 0.3)
+    display = DensityDisplay.from_estimator(KernelDensity(bandwidth=0.3).fit(X), X)
+    innermost = [path for path in display.ax_.collections[0].get_paths() if len(path.vertices)][-1]
+    np.testing.assert_allclose(innermost.vertices.mean(0), [0, 3], atol=0.3)
 
 
 def test_contours_enclose_what_they_say(rows, fitted):
@@ -82,6 +89,21 @@ def test_a_picture_says_how_much_of_the_density_it_shows(rows, n_features):
     assert narrow.get_title() == ""
 
 
+def test_contours_in_part_in_view_are_of_shares_of_the_whole(rows):
+    display = DensityDisplay.from_estimator(KernelDensity(bandwidth=5.0).fit(rows[:, :2]), rows[:, :2])
+    share = int(display.ax_.get_title().split("%")[0])
+    outermost = display.figure_.axes[1].get_yticklabels()[0].get_text()
+    assert int(outermost.rstrip("%")) == pytest.approx(0.99 * share, abs=1)
+
+
+def test_a_density_in_other_units_than_the_rows_is_noticed(rows):
+    X = 1000 * rows[:, :2]
+    density = make_pipeline(StandardScaler(), KernelDensity(bandwidth=0.3)).fit(X)
+    title = DensityDisplay.from_estimator(density, X).ax_.get_title()
+    assert "the density adds up to" in title
+    assert "is X in its units" in title
+
+
 @pytest.mark.parametrize("density", [GaussianMixture(2, random_state=0), KernelDensity()])
 def test_more_features_are_a_corner_plot(rows, density):
     display = DensityDisplay.from_estimator(density.fit(rows), rows, n_samples=300, random_state=0)
@@ -91,6 +113,36 @@ def test_more_features_are_a_corner_plot(rows, density):
     assert display.draws.shape == (300, 4)
     assert display.axes_[3, 2].get_xlabel() == "feature 2"
     assert display.axes_[2, 0].get_ylabel() == "feature 2"
+
+
+def test_draws_in_a_corner_plot_are_of_all_components():
+    """A mixture draws one component after the other."""
+    X = np.repeat([[0.0, 0, 0], [10, 10, 10]], 100, axis=0) + np.random.default_rng(0).normal(size=(200, 3))
+    display = DensityDisplay.from_estimator(GaussianMixture(2, random_state=0).fit(X), X)
+    drawn, data = (collection.get_offsets() for collection in display.axes_[2, 1].collections)
+    assert np.mean(drawn[:, 0] > 5) == pytest.approx(0.5, abs=0.1)
+    np.testing.assert_array_equal(data, X[:, [1, 2]])
+
+
+def test_histograms_of_a_corner_plot_are_densities_of_all_draws(rows):
+    draws = np.r_[rows, 1e3 + rows]
+    display = DensityDisplay(rows, list("abcd"), draws=draws).plot()
+    model, data = display.axes_[1, 1].patches[:30], display.axes_[1, 1].patches[30]
+    assert sum(bar.get_height() * bar.get_width() for bar in model) == pytest.approx(0.5)
+    heights = data.get_xy()[1:-1:2, 1]
+    np.testing.assert_allclose([2 * bar.get_height() for bar in model], heights)
+
+
+def test_stray_draws_do_not_shrink_a_corner_plot(rows):
+    display = DensityDisplay(rows, list("abcd"), draws=np.r_[rows, [[1e6] * 4]]).plot()
+    for low, high in (display.axes_[2, 1].get_xlim(), display.axes_[1, 1].get_xlim(), display.axes_[2, 1].get_ylim()):
+        assert high - low < 30
+
+
+def test_a_constant_feature_has_a_place_in_a_corner_plot(rows, recwarn):
+    X = np.c_[rows[:, :2], np.ones(len(rows))]
+    DensityDisplay(X, list("abc"), draws=X).plot()
+    assert not recwarn.list
 
 
 def test_features_of_a_corner_plot_can_be_chosen(rows):
@@ -111,6 +163,14 @@ def test_frames_keep_their_names(rows):
     assert display.ax_.get_xlabel() == "height"
 
 
+def test_columns_may_be_called_by_numbers(rows, recwarn):
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame(rows[:, :2])
+    display = DensityDisplay.from_estimator(KernelDensity().fit(frame), frame)
+    assert display.ax_.get_xlabel() == "0"
+    assert not recwarn.list
+
+
 def test_pictures_go_into_given_axes(rows):
     from matplotlib import pyplot
 
@@ -118,6 +178,19 @@ def test_pictures_go_into_given_axes(rows):
     display = DensityDisplay.from_estimator(KernelDensity().fit(rows[:, :1]), rows[:, :1], ax=ax)
     assert display.ax_ is ax
     assert display.figure_ is figure
+    with pytest.raises(ValueError, match="a figure of its own"):
+        DensityDisplay.from_estimator(GaussianMixture().fit(rows), rows, ax=ax)
+
+
+def test_a_picture_of_nothing_is_refused(rows):
+    with pytest.raises(ValueError, match="nothing to draw"):
+        DensityDisplay(rows, list("abcd")).plot()
+
+
+def test_few_enough_rows_are_shown():
+    X = np.random.default_rng(0).normal(size=(3999, 1))
+    rug = DensityDisplay.from_estimator(GaussianMixture().fit(X), X).ax_.lines[1]
+    assert 1000 < len(rug.get_xdata()) <= 2000
 
 
 def test_training_is_shown_in_four_panels_with_a_line_per_base(fitted):
@@ -138,6 +211,11 @@ def test_proportions_are_bars_with_intervals_and_marks_for_the_truth():
     display = ProportionsDisplay.from_proportions(found, truth=[0.6, 0.4])
     bars = [bar for container in display.ax_.containers for bar in container if hasattr(bar, "get_height")]
     assert [bar.get_height() for bar in bars if hasattr(bar, "get_height")][:2] == [0.7, 0.3]
+    *intervals, truth = display.ax_.collections
+    ends = [segment[:, 1] for interval in intervals for segment in interval.get_segments()]
+    # Shares and their intervals are between zero and one.
+    np.testing.assert_allclose(ends, [[0.504, 0.896], [0.104, 0.496], [0.784, 1], [0, 0.216]])
+    np.testing.assert_array_equal([segment[:, 1] for segment in truth.get_segments()], [[0.6, 0.6], [0.4, 0.4]])
     assert [label.get_text() for label in display.ax_.get_xticklabels()] == ["a", "b"]
     legend = [text.get_text() for text in display.ax_.get_legend().get_texts()]
     assert set(legend) == {"ours", "theirs", "truth"}
