@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import nn
 
-# A value that float32 cannot tell from a bound lies on it.
-_RESOLUTION = 2.0**-23
+# A value that float32 cannot tell from a bound lies on it, unless that is far on the scale of the feature.
+_RESOLUTION, _LARGEST_TOLERANCE = 2.0**-23, 1e-6
 # exp of it, times any reasonable scale, is still a number.
 _MAX_EXPONENT = 600.0
 
@@ -59,8 +59,10 @@ class BoundsMap(nn.Module):
 
     def is_outside(self, x: torch.Tensor) -> torch.Tensor:
         """Return which values of x, of shape (n, d) or (d,), lie outside the bounds."""
-        low, high = self.low, self.high
-        return (x < low - _RESOLUTION * low.abs()) | (x > high + _RESOLUTION * high.abs())
+        most = _LARGEST_TOLERANCE * self.span
+        return (x < self.low - torch.minimum(_RESOLUTION * self.low.abs(), most)) | (
+            x > self.high + torch.minimum(_RESOLUTION * self.high.abs(), most)
+        )
 
     def inverse(self, s: torch.Tensor) -> torch.Tensor:
         """Map s of shape (n, d) back between the bounds."""
@@ -113,6 +115,15 @@ def _clearance(distance: torch.Tensor) -> torch.Tensor:
     return 0.5 * torch.where(distance > 0, distance, math.inf).amin(0).nan_to_num(posinf=0.0)
 
 
+def plain_bounds(bounds: Any) -> dict[Any, Any] | list[Any]:
+    """Return bounds as lists, or as a dict of lists, whatever kinds of arrays or frames they are."""
+    if isinstance(bounds, Mapping):
+        return {name: np.array(pair, dtype=object).tolist() for name, pair in bounds.items()}
+    # Frames are iterated by column.
+    rows = np.asarray(bounds, dtype=object) if hasattr(bounds, "columns") else bounds
+    return [np.array(row, dtype=object).tolist() for row in rows]
+
+
 def _pairs(bounds: Any, names: Sequence[Any]) -> list[tuple[float, float]]:
     if isinstance(bounds, Mapping):
         unknown = [name for name in bounds if name not in list(names)]
@@ -121,9 +132,10 @@ def _pairs(bounds: Any, names: Sequence[Any]) -> list[tuple[float, float]]:
                 f"bounds has no such feature: {unknown[0]!r}. The features are {', '.join(map(repr, names))}."
             )
     n_features = len(names)
-    pairs: list[Any] = [bounds.get(name) for name in names] if isinstance(bounds, Mapping) else list(bounds)
+    plain = plain_bounds(bounds)
+    pairs: list[Any] = [plain.get(name) for name in names] if isinstance(plain, dict) else plain
     # (0, None) is one pair; [None, None] says the same of two features or of all.
-    if len(pairs) == 2 and all(np.ndim(bound) == 0 for bound in pairs) and not isinstance(bounds, Mapping):
+    if len(pairs) == 2 and all(np.ndim(bound) == 0 for bound in pairs) and not isinstance(plain, dict):
         pairs = [tuple(pairs)] * n_features
     if len(pairs) != n_features:
         raise ValueError(

@@ -1,5 +1,6 @@
 """EBMFlowDensity: the one file that knows scikit-learn, and the border between numpy and torch."""
 
+import math
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 from torch import nn
 
-from sk_ebm._bounds import BoundsMap, make_bounds
+from sk_ebm._bounds import BoundsMap, make_bounds, plain_bounds
 from sk_ebm._energy import MLPEnergies, SeparateEnergies, resolve_hidden_layer_sizes
 from sk_ebm._fitting import FitSettings, FittedModel, fit_model
 from sk_ebm._flow import make_flow
@@ -93,7 +94,8 @@ class EBMFlowDensity(Versioned, CallbackSupportMixin, DensityMixin, BaseEstimato
         as far away from it as the nearest other training row.
     energy : callable, default=None
         Function ``n_features -> torch.nn.Module`` that builds a network from (n, n_features) to (n,).
-        None builds a multilayer perceptron. To pickle the estimator, use a named function or class.
+        None builds a multilayer perceptron. Networks are in evaluation mode throughout, where dropout and the like do
+        nothing: an energy is a function. To pickle the estimator, use a named function or class.
     hidden_layer_sizes : "auto" or tuple of int, default="auto"
         Hidden layers of the default energy; "auto" takes three layers that widen slowly with the number of rows.
     n_estimators : int, default=6
@@ -137,7 +139,7 @@ class EBMFlowDensity(Versioned, CallbackSupportMixin, DensityMixin, BaseEstimato
         Whether to start from the energies and the flows of the previous fit, on the same bases and feature map.
         Needs the same X, dealt to the same folds, and unchanged parameters of the model.
     random_state : int, RandomState instance or None, default=None
-        Source of all randomness; the global states of numpy and torch are never touched.
+        Source of all randomness; the global states of numpy and torch are left as they were.
     verbose : int, default=0
         Whether to show progress on the standard output: one line that is written over, or, where that is no terminal,
         a line per validation check.
@@ -329,7 +331,13 @@ class EBMFlowDensity(Versioned, CallbackSupportMixin, DensityMixin, BaseEstimato
         MemoryError
             If the memory of the device is too small.
         """
-        with restored_on_failure(self), self._advice_when_out_of_memory():
+        # Training takes gradients, whatever the caller has switched off.
+        with (
+            restored_on_failure(self),
+            self._advice_when_out_of_memory(),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+        ):
             self._fit(X, y, sample_weight)
             self._warn()
         return self
@@ -354,7 +362,9 @@ class EBMFlowDensity(Versioned, CallbackSupportMixin, DensityMixin, BaseEstimato
             for start in range(0, len(X), CHUNK):
                 rows = slice(start, start + CHUNK)
                 z, log_det = self.feature_map_(_to_tensor(X[rows]))
-                log_density[rows] = (self.density_.log_density(z) - self.log_normalizer_ + log_det).numpy()
+                value = self.density_.log_density(z) - self.log_normalizer_ + log_det
+                # Where numbers overflow on the way there is no density.
+                log_density[rows] = value.masked_fill(~z.isfinite().all(-1), -math.inf).numpy()
         return log_density
 
     def score(self, X: Any, y: Any = None) -> float:
@@ -440,6 +450,7 @@ class EBMFlowDensity(Versioned, CallbackSupportMixin, DensityMixin, BaseEstimato
         generator = torch.Generator().manual_seed(group.from_first(lambda: _seed(self.random_state)))
         if previous is None:
             self._fold_seed = int(torch.randint(2**62, (1,), generator=generator))
+        given = X
         with group.failing_together():
             X = check_rows(self, X, ensure_min_samples=2, reset=previous is None)
             if sample_weight is not None:
@@ -450,8 +461,8 @@ class EBMFlowDensity(Versioned, CallbackSupportMixin, DensityMixin, BaseEstimato
         if len(set(group.gather((X.shape[1], data.n_members)))) > 1:
             raise ValueError("The processes have rows of different numbers of features, or some too few rows.")
         history: list[dict[str, Any]] = []
-        progress = ProgressLine(sys.stdout, self.max_iter) if self.verbose else None
-        callbacks = _Callbacks(self, X, y)
+        progress = ProgressLine(sys.stdout, self.max_iter) if self.verbose and sys.stdout else None
+        callbacks = _Callbacks(self, given, y)
 
         def report(base: str, check: dict[str, float], model_now: Callable[[], FittedModel]) -> bool:
             history.append({"base": base, **check})
@@ -460,7 +471,9 @@ class EBMFlowDensity(Versioned, CallbackSupportMixin, DensityMixin, BaseEstimato
             return callbacks.check(lambda: _fitted_attributes(model_now(), list(history)))
 
         try:
-            total_weight = float(len(X) if sample_weight is None else sample_weight.sum())
+            largest = max(group.gather(1.0 if sample_weight is None else float(sample_weight.max())))
+            # In units of the largest weight, or the sum might overflow.
+            total_weight = float(len(X) / largest if sample_weight is None else (sample_weight / largest).sum())
             announce = progress.announce if progress else lambda what: None
             settings = self._settings(data.rows, bounds, device, group, total_weight, announce)
             fitted, out_of_bag = fit_model(data, settings, generator, report, previous)
@@ -496,12 +509,11 @@ class EBMFlowDensity(Versioned, CallbackSupportMixin, DensityMixin, BaseEstimato
     def _previous_fit(self) -> FittedModel | None:
         """Return the fit to go on from, if `warm_start` asks for one, after checking that it is the same model."""
         model_parameters = {name: getattr(self, name) for name in _MODEL_PARAMETERS}
+        # Copies that compare as a whole, whatever kinds of arrays they are.
         if self.bounds is not None:
-            # A copy that compares as a whole, whatever kind of array it is.
-            by_name = self.bounds if isinstance(self.bounds, dict) else {"all": self.bounds}
-            model_parameters["bounds"] = {
-                name: np.array(pairs, dtype=object).tolist() for name, pairs in by_name.items()
-            }
+            model_parameters["bounds"] = plain_bounds(self.bounds)
+        if not isinstance(self.hidden_layer_sizes, str):
+            model_parameters["hidden_layer_sizes"] = _check_sizes(self.hidden_layer_sizes)
         previous: FittedModel | None = getattr(self, "_fitted", None) if self.warm_start else None
         if previous is not None:
             changed = [name for name in _MODEL_PARAMETERS if model_parameters[name] != self._model_parameters[name]]
@@ -560,9 +572,10 @@ class EBMFlowDensity(Versioned, CallbackSupportMixin, DensityMixin, BaseEstimato
                 f"gets its own; got the network {self.energy!r}. Try energy=lambda n_features: ..."
             )
         networks = [self.energy(n_features) for _ in range(n_members)]
-        if not isinstance(networks[0], nn.Module):
+        if not all(isinstance(network, nn.Module) for network in networks):
             raise TypeError(f"energy must build a torch.nn.Module, got {networks[0]!r}.")
-        return SeparateEnergies(networks)
+        # As for evaluation: an energy that differs from call to call has no density.
+        return SeparateEnergies([network.eval() for network in networks])
 
     @contextmanager
     def _advice_when_out_of_memory(self) -> Iterator[None]:
@@ -650,7 +663,7 @@ def _fitted_attributes(fitted: FittedModel, history: list[dict[str, Any]]) -> di
 class _Callbacks:
     """The callbacks of scikit-learn that were set on an estimator, if any, during one fit."""
 
-    def __init__(self, estimator: EBMFlowDensity, X: np.ndarray, y: Any) -> None:
+    def __init__(self, estimator: EBMFlowDensity, X: Any, y: Any) -> None:
         self.estimator = estimator
         # ScoringMonitor scores nothing without a y, and a density ignores it.
         self.data = {"X": X, "y": np.zeros(len(X)) if y is None else y}

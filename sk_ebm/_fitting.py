@@ -447,7 +447,7 @@ class _Trainer:
 
     def _make_flow(self, **size: int) -> CouplingFlow:
         with seeded_modules(self.generator):
-            return self.settings.make_flow(self.data.rows.shape[1], **size).to(self.settings.device)
+            return self.settings.make_flow(self.data.rows.shape[1], **size).to(self.data.rows)
 
     def _in_user_units(self, check: dict[str, float]) -> dict[str, float]:
         return {k: v + self.log_det if k.endswith("log_likelihood") else v for k, v in check.items()}

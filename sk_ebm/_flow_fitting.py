@@ -59,8 +59,8 @@ def fit_flows(
         nn.utils.rnn.pad_sequence([part[rows] for part, rows in zip(parts, judged, strict=True)], batch_first=True)
         for parts in ([z] * len(flows), held_out_weight)
     )
-    best_score, best = torch.full((len(flows),), -math.inf), copy.deepcopy(stack.parameters)
-    stale, running = torch.zeros(len(flows)), torch.arange(len(flows))
+    best_score, best = torch.full((len(flows),), -math.inf, dtype=z.dtype), copy.deepcopy(stack.parameters)
+    stale, running = torch.zeros(len(flows), dtype=torch.long), torch.arange(len(flows))
     check_every = max(_MIN_STEPS_PER_CHECK, max_steps // _MAX_CHECKS)
     for step in range(max_steps + 1):
         if step % check_every == 0:

@@ -1,5 +1,6 @@
 """The line that `verbose` writes."""
 
+import shutil
 from typing import Any, TextIO
 
 
@@ -23,14 +24,13 @@ class ProgressLine:
     def write(self, check: dict[str, Any]) -> None:
         """Show a validation check."""
         iteration, seconds = check["iteration"], check["seconds"]
-        text = (
-            f"[EBMFlowDensity] base {check['base']}, iteration {iteration}/{self.max_iter}, "
-            f"validation log-likelihood {check['validation_log_likelihood']:.3f} nats, "
-            f"ESS {check['effective_sample_size']:.2f}, {seconds:.0f} s"
-        )
+        # First what matters most: a narrow terminal shows no more.
+        text = f"[EBMFlowDensity] base {check['base']}, iteration {iteration}/{self.max_iter}, {seconds:.0f} s"
         if iteration:
-            text += f", at most {seconds / iteration * (self.max_iter - iteration):.0f} s left on this base"
-        self._show(text)
+            text += f" of at most {seconds / iteration * self.max_iter:.0f} s"
+        self._show(
+            f"{text}, held out {check['validation_log_likelihood']:.3f} nats, ESS {check['effective_sample_size']:.2f}"
+        )
 
     def announce(self, what: str) -> None:
         """Show what is done between two checks, where it takes long."""
@@ -38,6 +38,8 @@ class ProgressLine:
 
     def _show(self, text: str) -> None:
         if self.is_terminal:
+            # What wraps could not be written over.
+            text = text[: shutil.get_terminal_size().columns - 1]
             # Blanks wipe out what is left of a longer line before.
             self.stream.write("\r" + text.ljust(self._width))
             self.stream.flush()

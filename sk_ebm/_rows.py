@@ -43,7 +43,7 @@ def deal_to_folds(
     _check_spread(X, range(X.shape[1]) if names is None else names)
     order = torch.randperm(len(kept), generator=generator).numpy()
     weights = torch.from_numpy(weight * (len(weight) / weight.sum()))[order]
-    n_folds = min(len(kept), max(n_estimators, round(1 / validation_fraction), 2))
+    n_folds = min(len(kept), max(n_estimators, round(min(len(kept), 1 / validation_fraction)), 2))
     fold = torch.arange(len(kept)) % n_folds
     position = np.full(len(is_counted), -1)
     position[is_counted] = np.argsort(order)[kind]
@@ -82,9 +82,10 @@ def _check_spread(X: np.ndarray, names: Sequence[Any]) -> None:
     low, high = X.min(0), X.max(0)
     constant = np.flatnonzero(low == high).tolist()
     if constant:
+        values = ", ".join(f"feature {names[j]!r} (value {X[0, j]:g})" for j in constant)
         raise ValueError(
-            f"Feature {', '.join(repr(names[j]) for j in constant)} is constant (value {X[0, constant[0]]:g}): it has "
-            "no finite density. Drop constant features, for instance with sklearn.feature_selection.VarianceThreshold."
+            f"Constant features have no finite density: {values}. Drop them, for instance with "
+            "sklearn.feature_selection.VarianceThreshold."
         )
     with np.errstate(over="ignore", invalid="ignore"):
         spread, deviation = high - low, np.array([column.std(dtype=np.float64) for column in X.T])

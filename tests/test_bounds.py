@@ -65,11 +65,22 @@ def test_rounding_to_float32_is_not_outside():
     assert make_bounds((0, 0.1), x)(x.double())[1].isfinite().all()
 
 
+def test_bounds_far_from_zero_are_as_sharp_as_others():
+    low = 1.7e9
+    x = low + torch.tensor([[10.0], [500.0], [80_000.0]], dtype=torch.float64)
+    for bounds in ((low, low + 86_400), (low, None), (None, low + 86_400)):
+        is_outside = make_bounds(bounds, x).is_outside(torch.tensor([[low - 1], [low + 86_401]], dtype=torch.float64))
+        assert is_outside.flatten().tolist() == [bounds[0] is not None, bounds[1] is not None]
+    with pytest.raises(ValueError, match="lie outside"):
+        make_bounds((low + 11, None), x)
+
+
 @pytest.mark.parametrize("n_features", [1, 2, 3])
-def test_bounds_may_be_an_array(n_features):
+@pytest.mark.parametrize("kind", [np.array, pd.DataFrame, lambda pairs: [np.array(pair) for pair in pairs]])
+def test_bounds_may_be_arrays(n_features, kind):
     x = torch.rand(9, n_features, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    array, pairs = np.array([[0, 1]] * n_features), [(0, 1)] * n_features
-    torch.testing.assert_close(make_bounds(array, x)(x)[0], make_bounds(pairs, x)(x)[0])
+    pairs = [[-j, j + 1] for j in range(n_features)]
+    torch.testing.assert_close(make_bounds(kind(pairs), x)(x)[0], make_bounds(pairs, x)(x)[0])
 
 
 @pytest.mark.parametrize(
@@ -139,6 +150,7 @@ def test_warm_start_takes_bounds_of_any_kind():
     X = np.random.default_rng(0).uniform(size=(60, 2))
     model = quick(bounds=np.array([[0, 1], [0, 1]]), warm_start=True, max_iter=1).fit(X).fit(X)
     model.set_params(bounds=[[0, 1], [0, 1]]).fit(X)
+    model.set_params(bounds=[np.array([0, 1]), (0, 1)]).fit(X).fit(X)
     by_number = {0: np.array([0, 1])}
     model = quick(bounds=by_number, warm_start=True, max_iter=1).fit(X).fit(X)
     by_number[1] = (0, 1)

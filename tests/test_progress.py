@@ -25,12 +25,12 @@ def test_elsewhere_every_check_is_a_line_of_its_own():
     line.write(CHECK)
     line.close()
     first, second = stream.getvalue().splitlines()
-    assert "left" not in first
-    assert "base gaussian, iteration 30/120" in second
-    assert "-1.235 nats, ESS 0.50, 10 s, at most 30 s left" in second
+    assert "at most" not in first
+    assert "base gaussian, iteration 30/120, 10 s of at most 40 s, held out -1.235 nats, ESS 0.50" in second
 
 
-def test_on_a_terminal_the_line_is_written_over_and_ended_once():
+def test_on_a_terminal_the_line_is_written_over_and_ended_once(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     stream = Terminal()
     line = ProgressLine(stream, max_iter=120)
     line.write({**CHECK, "base": "student_t"})
@@ -40,6 +40,13 @@ def test_on_a_terminal_the_line_is_written_over_and_ended_once():
     assert blank == ""
     assert len(second.rstrip("\n")) == len(first)
     assert stream.getvalue().count("\n") == 1
+
+
+def test_a_line_is_no_wider_than_the_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    stream = Terminal()
+    ProgressLine(stream, max_iter=120).write(CHECK)
+    assert stream.getvalue() == "\r[EBMFlowDensity] base gaussian, iterati"
 
 
 def test_it_tells_what_is_done_between_checks():
