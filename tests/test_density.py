@@ -199,7 +199,7 @@ BAD_INPUT = {
     "one dimension": (lambda X: X[:, 0], {}, ValueError, "Expected 2D array"),
     "one row": (lambda X: X[:1], {}, ValueError, "1 sample"),
     "equal rows": (lambda X: np.repeat(X[:1], 5, 0), {}, ValueError, "two different rows"),
-    "constant feature": (lambda X: np.c_[X, np.full(len(X), 3.5)], {}, ValueError, r"Constant.*: feature 2 \(value 3\.5\)\."),
+    "constant feature": (lambda X: np.c_[X, np.full(len(X), 3.5)], {}, ValueError, r"feature 2 \(value 3\.5\)"),
     "text": (lambda X: X.astype(str).astype(object) + "a", {}, ValueError, "could not convert"),
     "complex": (lambda X: X + 1j, {}, ValueError, "[Cc]omplex"),
     "too large": (lambda X: X * 1e300, {}, ValueError, "[Rr]escale"),
