@@ -74,7 +74,8 @@ for ax, (title, rows) in zip(axes, images.items(), strict=True):
 # -----
 # After "Kernel Density Estimate of Species Distributions", without its download: sightings along two coasts and around
 # a lake, all at sea or on the shore. KernelDensity measures distances on the sphere; the energies learn the shape of
-# the coast from latitudes and longitudes alone.
+# the coast from latitudes and longitudes alone, as if these were flat coordinates. The colours of each map are its own:
+# one density is per radian, the other per degree.
 
 rng = np.random.default_rng(0)
 along = rng.uniform(-40, 10, 500)

@@ -44,8 +44,8 @@ def fit_langevin(X, n_steps=2000, n_moves=5, n_chains=512, random_state=0):
     rows = torch.from_numpy((X - mean) / scale).float()
     with torch.random.fork_rng():
         torch.manual_seed(random_state)
-        layers = [layer for d in (2, 96, 96) for layer in (torch.nn.Linear(d, 96), torch.nn.SiLU())]
-        energy = torch.nn.Sequential(*layers, torch.nn.Linear(96, 1))
+        layers = [layer for d in (2, 64, 64) for layer in (torch.nn.Linear(d, 64), torch.nn.SiLU())]
+        energy = torch.nn.Sequential(*layers, torch.nn.Linear(64, 1))
     optimizer = torch.optim.Adam(energy.parameters(), lr=1e-3)
     chains, step_size = torch.randn(n_chains, 2, generator=generator), 0.02
 
