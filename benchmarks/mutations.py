@@ -81,7 +81,7 @@ MUTATIONS = {
         ("best[name].data[better]", "best[name].data[running]"),
     ],
     "_sampler": [
-        ("((weight - log_cap).exp() + torch.rand", "(1 + torch.rand"),
+        ("((weight - log_cap).exp() + uniform)", "(1 + uniform)"),
         ("2 * log_weight.logsumexp(0) - log_mean_square", "log_weight.logsumexp(0) - log_mean_square"),
         ("yield defensive_proposal(gaussians, list(ensemble.bases), _LEAST_SHARE)", "pass"),
         ("log_density(self.position, log_base) - log_proposal", "log_density(self.position, log_base)"),

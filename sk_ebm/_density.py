@@ -151,7 +151,8 @@ class EBMFlowDensity(Versioned, CallbackSupportMixin, DensityMixin, BaseEstimato
     log_normalizer_ : float
         Estimate of log Z (nats).
     log_normalizer_std_error_ : float
-        Its standard error (nats), an error that all scores share.
+        Its standard error (nats), an error that all scores share. Where ensembles on several bases are mixed, it is
+        that of the mean score; in places where one of them prevails, scores err by that of its own normalizer.
     effective_sample_size_ : float
         Effective sample size of proposals of `proposal_` for the density, as a fraction of their number.
     acceptance_rate_ : dict

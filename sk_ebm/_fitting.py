@@ -279,7 +279,7 @@ class _Trainer:
             if candidates[-1].result.outcome in ENDED_BY_USER:
                 return candidates
         try:
-            gains = {c.name: c.result.held_out_log_likelihood - bases[c.name].score for c in candidates}
+            gains = {c.name: c.result.gain() for c in candidates}
             flows = base_flows.fit_all() if asked == "flow" else base_flows.fit_if_worth_it(gains)
         except KeyboardInterrupt:
             if self.group.size > 1 or not candidates:
@@ -377,7 +377,8 @@ class _Trainer:
                 tempered.append(candidate)
                 continue
             log_base = model.base_log_prob(self.judged.rows)
-            score, is_covered = torch.empty(len(_SCALES), len(model)), torch.empty(len(_SCALES), len(model))
+            score = torch.empty(len(_SCALES), len(model), dtype=torch.float64)
+            is_covered = torch.empty(len(_SCALES), len(model), dtype=torch.int)
             for s, scale in enumerate(_SCALES):
                 model.rescale(scale)
                 log_normalizer, is_covered[s] = self._member_log_normalizers(model, pool, candidates)
@@ -393,7 +394,7 @@ class _Trainer:
             if untilted >= best_score - self.settings.train.tol:
                 # What the energies add is not worth the time that they take to evaluate.
                 chosen, best_score = torch.full_like(chosen, len(_SCALES) - 1), untilted
-            model.rescale(torch.tensor(_SCALES)[chosen])
+            model.rescale(torch.tensor(_SCALES, dtype=torch.float64)[chosen])
             result = candidate.result._replace(held_out_log_likelihood=best_score)
             tempered.append(candidate._replace(result=result))
         return tempered
@@ -434,12 +435,14 @@ class _Trainer:
         # Only one proposal in C was drawn for a candidate.
         least = self.settings.train.min_effective_sample_size / len(candidates)
         is_covered = torch.tensor([estimate.effective_sample_size >= least for estimate in estimates])
-        return torch.tensor([estimate.value for estimate in estimates]).to(self.data.rows), is_covered
+        values = torch.tensor([estimate.value for estimate in estimates], dtype=torch.float64)
+        return values.to(self.data.rows.device, self.data.rows.dtype), is_covered
 
     def _start(self, name: str, bases: Sequence[Density], flow: Density, rival_score: float = -math.inf) -> Candidate:
         with seeded_modules(self.generator):
             energies = self.settings.make_energies(len(bases), self.data.rows.shape[1])
-        _check_energies(energies, self.data.rows[:2].cpu())
+        # All processes look at the same rows, or one would fail alone.
+        _check_energies(energies, self.judged.rows[:2].cpu())
         gaussians = [self._gaussian(k) for k in range(len(bases))]
         means, whiteners = (torch.cat([getattr(g, part) for g in gaussians]) for part in ("means", "whiteners"))
         energies = WhitenedEnergies(energies, means, whiteners)

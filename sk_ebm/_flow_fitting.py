@@ -63,7 +63,7 @@ def fit_flows(
     stale, running = torch.zeros(len(flows), dtype=torch.long), torch.arange(len(flows))
     check_every = max(_MIN_STEPS_PER_CHECK, max_steps // _MAX_CHECKS)
     for step in range(max_steps + 1):
-        if step % check_every == 0:
+        if step % check_every == 0 or step == max_steps:
             with torch.no_grad():
                 of_rows = weight_judged[running] * stack.log_prob(z_judged[running])
                 mine = of_rows.sum(1) / weight_judged[running].sum(1)
@@ -76,7 +76,7 @@ def fit_flows(
             stale[running] += 1
             stale[better] = 0
             is_running = (stale[running] < patience) & score.isfinite()
-            if not is_running.any():
+            if step == max_steps or not is_running.any():
                 break
             if not is_running.all():
                 running = running[is_running]

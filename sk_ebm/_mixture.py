@@ -86,9 +86,11 @@ class Mixture(Density):
         noise = torch.randn(
             n_samples, self.means.shape[-1], generator=generator, device=self.means.device, dtype=self.means.dtype
         )
+        order = component.argsort(stable=True)
+        # The rows of each component together: a device is asked how many there are only once.
+        counts = component.bincount(minlength=len(self.means)).tolist()
         z = torch.empty_like(noise)
-        for k in range(len(self.means)):
-            rows = component == k
+        for k, rows in enumerate(order.split(counts)):
             z[rows] = self.means[k] + noise[rows] @ self.scale_trils[k].T
         return z
 

@@ -80,10 +80,14 @@ class Pool(NamedTuple):
 
 
 class SamplerReport(NamedTuple):
-    """Mean acceptance rate of the local and of the global moves of one round."""
+    """Mean acceptance rate of the local and of the global moves of one round.
+
+    With them comes the smallest effective sample size of a member on the pool, a fraction.
+    """
 
     local_acceptance: torch.Tensor
     global_acceptance: torch.Tensor
+    effective_sample_size: torch.Tensor
 
 
 @torch.no_grad()
@@ -154,7 +158,8 @@ class Chains:
         self, model: TiltedEnsemble, proposal: DensityMixture, pool: Pool, generator: torch.Generator
     ) -> SamplerReport:
         """Run one round of global and local moves of all chains."""
-        global_info = self._move_globally(model, proposal, pool, generator)
+        pool_weight = pool_log_weight(model, pool)
+        global_info = self._move_globally(model, proposal, pool, pool_weight, generator)
         local_rates = [info.acceptance_rate for info in self._move_locally(model, generator)]
         local_rate = torch.stack(local_rates).mean((0, 2)) if local_rates else self.position.new_full((1,), math.nan)
         if local_rates:
@@ -162,10 +167,16 @@ class Chains:
             self.step_size = (self.step_size * torch.exp(0.5 * (local_rate - TARGET_ACCEPTANCE)).unsqueeze(-1)).clamp(
                 1e-6, 2.0
             )
-        return SamplerReport(local_rate.mean(), global_info.is_accepted.to(self.position.dtype).mean())
+        global_rate = global_info.is_accepted.to(self.position.dtype).mean()
+        return SamplerReport(local_rate.mean(), global_rate, effective_sample_size(pool_weight).amin())
 
     def _move_globally(
-        self, model: TiltedEnsemble, proposal: DensityMixture, pool: Pool, generator: torch.Generator
+        self,
+        model: TiltedEnsemble,
+        proposal: DensityMixture,
+        pool: Pool,
+        pool_weight: torch.Tensor,
+        generator: torch.Generator,
     ) -> Info:
         n_members, n_chains, d = self.position.shape
         here = _evaluate(proposal, self.position.reshape(-1, d))
@@ -174,9 +185,9 @@ class Chains:
         log_proposal = here.log_proposal.reshape(n_members, n_chains)
         state = GlobalState(self.position, model.log_density(self.position, log_base) - log_proposal)
         n_candidates = max(1, len(pool.position) // n_chains)
-        pool_weight = pool_log_weight(model, pool)
         # Every member deals the pool out to its chains in its own random order.
-        order = torch.rand(n_members, len(pool.position), generator=generator, device=pool.position.device).argsort(-1)
+        key = torch.rand(pool_weight.shape, generator=generator, device=pool_weight.device, dtype=torch.float32)
+        order = key.argsort(-1)
         index = order[:, : n_chains * n_candidates].reshape(n_members, n_chains, n_candidates)
         candidates = GlobalState(pool.position[index], pool_weight.gather(-1, index.flatten(1)).reshape(index.shape))
         if self.global_kernel == "isir":
@@ -266,7 +277,8 @@ def _draw_from_ensemble(
             # The pilot met a weight next to which nearly all others round to none.
             index = torch.multinomial(_probability(weight), n_left, replacement=True, generator=generator).sort().values
         else:
-            n_kept = ((weight - log_cap).exp() + torch.rand(weight.shape, generator=generator)).floor()
+            uniform = torch.rand(weight.shape, generator=generator, dtype=weight.dtype)
+            n_kept = ((weight - log_cap).exp() + uniform).floor()
             index = torch.arange(len(weight)).repeat_interleave(n_kept.clamp(max=n_wanted).long())
         position = pool.position[index]
         is_repeat = torch.zeros(len(index), dtype=torch.bool)
@@ -361,8 +373,3 @@ def _separate(log_density: LogDensity, position: torch.Tensor, generator: torch.
         step = position.new_full((1,), step_size / position.shape[-1] ** (1 / 3))
         state, _ = mala_step(state, target, step_size=step, generator=generator)
     return state.position
-
-
-def pool_effective_sample_size(model: TiltedEnsemble, pool: Pool) -> torch.Tensor:
-    """Return the smallest effective sample size of a member on the pool, a fraction."""
-    return effective_sample_size(pool_log_weight(model, pool)).amin()

@@ -60,7 +60,7 @@ def rounded_counts(n_samples: int, shares: Sequence[float], generator: torch.Gen
 
     One random offset rounds all, so the expected number of each is exact however few rows are drawn.
     """
-    offset = float(torch.rand(1, generator=generator, device=generator.device))
+    offset = float(torch.rand(1, generator=generator, device=generator.device, dtype=torch.float32))
     edges = [math.floor(n_samples * share + offset) for share in itertools.accumulate(shares)]
     edges[-1] = n_samples
     return [stop - start for start, stop in itertools.pairwise([0, *edges])]

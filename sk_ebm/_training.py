@@ -21,7 +21,6 @@ from sk_ebm._sampler import (
     defensive_proposal,
     draw_pool,
     finite_or_zero_weight,
-    pool_effective_sample_size,
     start_chains,
 )
 from sk_ebm._stacking import gain_by_chance
@@ -101,6 +100,10 @@ class TrainResult(NamedTuple):
     outcome: Outcome
     held_out_log_likelihood: float
     acceptance_rate: dict[str, float]
+
+    def gain(self) -> float:
+        """Return what the energies add to the base that they started from, in nats per held-out row."""
+        return self.held_out_log_likelihood - self.history[0]["validation_log_likelihood"]
 
 
 @dataclass
@@ -199,6 +202,10 @@ def train(
     n_iter, rounds_at_gate = 0, 0
     check = state.validate(0)
     group = settings.group
+    if not state.base_log_prob.isfinite().all():
+        raise ValueError(
+            "The base has no density at rows that it was not fitted to. Widen it, so that it is positive everywhere."
+        )
     if not math.isfinite(check["validation_log_likelihood"]):
         raise ValueError(
             "The energy is not finite on all rows before training. Check the energy for overflow, or use the default."
@@ -212,8 +219,7 @@ def train(
     try:
         while outcome is None:
             pool = state.propose()
-            state.move_chains(pool)
-            covered = min(group.gather(float(pool_effective_sample_size(model, pool))))
+            covered = min(group.gather(state.move_chains(pool)))
             if covered >= settings.min_effective_sample_size:
                 rounds_at_gate = 0
                 state.energy_steps()
@@ -292,10 +298,11 @@ class _TrainState:
         """Draw a fresh pool."""
         return draw_pool(self.proposal, self.settings.pool_size, self.generator)
 
-    def move_chains(self, pool: Pool) -> None:
-        """Move every chain."""
+    def move_chains(self, pool: Pool) -> float:
+        """Move every chain; return the smallest effective sample size of a member on the pool, a fraction."""
         report = self.chains.move(self.model, self.proposal, pool, self.generator)
-        self.reports.append(torch.stack(report))
+        self.reports.append(torch.stack((report.local_acceptance, report.global_acceptance)))
+        return float(report.effective_sample_size)
 
     def energy_steps(self) -> None:
         """Take likelihood-gradient steps against the chains, reweighted for how far the energy has moved since."""
@@ -359,12 +366,13 @@ class _TrainState:
     ) -> dict[str, float]:
         """Judge the energies, scaled down as suits held-out rows, given what makes the weights of the proposals."""
         acceptance = self.acceptance_rate()
-        scale = torch.tensor(SCALES).to(energy).reshape(-1, 1, 1)
+        scale = energy.new_tensor(SCALES).reshape(-1, 1, 1)
         log_weight = finite_or_zero_weight(flat_weight - scale * energy)
         estimates = estimate_log_normalizers(log_weight.flatten(0, 1), controls)
-        log_normalizer = torch.tensor([e.value for e in estimates]).to(energy).reshape(len(SCALES), -1)
+        values = torch.tensor([estimate.value for estimate in estimates], dtype=torch.float64)
+        log_normalizer = values.to(energy.device, energy.dtype).reshape(len(SCALES), -1)
         log_prob = self.base_log_prob - scale * self.average.energy(self.judged.rows) - log_normalizer.unsqueeze(-1)
-        held_out = torch.tensor([self.judged.held_out_mean(of_scale) for of_scale in log_prob])
+        held_out = torch.tensor([self.judged.held_out_mean(of_scale) for of_scale in log_prob], dtype=torch.float64)
         best = int(held_out.nan_to_num(nan=-math.inf).argmax())
         train_weight = self.judged.train_weight()
         return {

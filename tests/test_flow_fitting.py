@@ -56,6 +56,15 @@ def test_every_flow_is_left_at_its_best_held_out_score(rows, n_flows):
         assert all(parameter.requires_grad for parameter in flow.parameters())
 
 
+@pytest.mark.parametrize("max_steps", [16, 49])
+def test_the_last_steps_count_however_few_there_are(rows, max_steps):
+    (flow,) = make_flows(1)
+    weight, held_out = folds(1)
+    before = mean_log_prob(flow, rows, held_out[0])
+    fit_flows([flow], rows, weight, held_out, generator=seeded(), max_steps=max_steps, batch_size=128)
+    assert mean_log_prob(flow, rows, held_out[0]) > before + 0.3
+
+
 def test_a_flow_of_few_rows_goes_back_to_before_it_learnt_them_by_heart(rows):
     flows = make_flows(2)
     weight, held_out = folds(2)

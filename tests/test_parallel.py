@@ -7,8 +7,9 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from sklearn.datasets import make_moons
-from torch import distributed
+from torch import distributed, nn
 
 from sk_ebm import EBMFlowDensity
 
@@ -23,24 +24,37 @@ import torch
 from torch import distributed
 
 from sk_ebm import EBMFlowDensity
-from tests.test_parallel import SETTINGS, moons
+from tests.test_parallel import SETTINGS, SplitEnergy, moons
 
 torch.set_num_threads(1)
 distributed.init_process_group("gloo")
 rank, size = distributed.get_rank(), distributed.get_world_size()
 density = EBMFlowDensity(distributed=True, **SETTINGS)
-X = np.ones((9, 2)) if rank == 1 else moons(9)
-try:
-    density.fit(X)
-except ValueError as error:
-    message = str(error)
+messages = []
 X = moons(1200)
+# Neither the same number of rows nor rows of the same law.
+X = X[X[:, 0].argsort()]
 X = X[:800] if rank == 0 else X[800:]
+for part, energy in ((np.ones((9, 2)) if rank == 1 else X[:9], None), (X, SplitEnergy)):
+    try:
+        EBMFlowDensity(distributed=True, energy=energy, **SETTINGS).fit(part)
+    except ValueError as error:
+        messages.append(str(error))
 density.fit(X)
 with open(os.path.join(sys.argv[1], str(rank)), "wb") as file:
-    pickle.dump((density, message), file)
+    pickle.dump((density, messages), file)
 distributed.destroy_process_group()
 """
+
+
+class SplitEnergy(nn.Linear):
+    """Energy that is finite where one process has its rows, and infinite where the other has."""
+
+    def __init__(self, n_features):
+        super().__init__(n_features, 1)
+
+    def forward(self, z):
+        return torch.where(z[..., 0] > 0.5, torch.inf, super().forward(z).squeeze(-1))
 
 
 def moons(n_rows, seed=0):
@@ -79,14 +93,22 @@ def test_likelihood_is_that_of_one_process_with_all_rows(fits):
     assert together.mean() == pytest.approx(alone.mean(), abs=0.03)
 
 
+def test_rows_count_alike_in_whichever_process_they_are(fits):
+    last_of_first = np.sort(moons(1200)[:, 0])[799]
+    drawn = fits[0][0].sample(20_000, random_state=0)
+    assert np.mean(drawn[:, 0] > last_of_first) == pytest.approx(1 / 3, abs=0.03)
+
+
 def test_each_process_has_the_held_out_log_densities_of_its_own_rows(fits):
     assert [len(density.oob_log_density_) for density, _ in fits] == [800, 400]
 
 
 def test_failure_in_one_process_is_raised_in_all(fits):
-    (_, elsewhere), (_, own) = fits
+    (_, (elsewhere, first)), (_, (own, second)) = fits
     assert own.startswith("All rows of positive weight are equal")
     assert elsewhere == f"In process 1: {own}"
+    assert "energy" in first
+    assert first == second
 
 
 def test_group_of_one_process_is_that_process(tmp_path):

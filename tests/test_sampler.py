@@ -19,7 +19,6 @@ from sk_ebm._sampler import (
     draw_from_density,
     draw_pool,
     log_weight,
-    pool_effective_sample_size,
     pool_log_weight,
     start_chains,
 )
@@ -116,6 +115,9 @@ def test_chains_reach_each_members_own_density(model, proposal, generator, globa
     # The ball the energy is pulled into shortens the shift a little.
     assert 0.55 < inside[1].mean() < 0.75
     assert 0 < report.global_acceptance <= 1
+    pool = draw_pool(proposal, 800, generator)
+    smallest = min(effective_sample_size(weight) for weight in pool_log_weight(model, pool))
+    assert float(chains.move(model, proposal, pool, generator).effective_sample_size) == pytest.approx(float(smallest))
 
 
 def test_step_size_adapts_towards_its_target(model, proposal, generator):
@@ -345,5 +347,7 @@ def test_weights_that_are_no_numbers_count_as_zero(model, proposal, generator):
 def test_a_failed_sampler_has_no_effective_draws_and_still_starts_chains(model, proposal, generator):
     pool = draw_pool(proposal, 100, generator)
     hopeless = pool._replace(log_proposal=torch.full((100,), math.inf).double())
-    assert float(pool_effective_sample_size(model, hopeless)) == 0
-    assert start_chains(model, hopeless, 7, generator).isfinite().all()
+    start = start_chains(model, hopeless, 7, generator)
+    assert start.isfinite().all()
+    chains = Chains(start, global_kernel="isir", n_local_steps=1)
+    assert float(chains.move(model, proposal, hopeless, generator).effective_sample_size) == 0

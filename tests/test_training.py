@@ -224,7 +224,9 @@ def test_a_gradient_that_is_no_number_takes_no_step():
 def test_backing_off_returns_to_the_best_energies_at_half_the_rate():
     best = nn.Linear(2, 1)
     state = Mock(learning_rate=0.4, model=Mock(energies=nn.Linear(2, 1)), average=Mock(energies=nn.Linear(2, 1)))
+    state.energy_optimizer.state = {"moments": 1}
     _TrainState.back_off(state, Mock(energies=best))
     assert state.learning_rate == pytest.approx(0.2)
+    assert not state.energy_optimizer.state
     for target in (state.model, state.average):
         assert torch.equal(target.energies.weight, best.weight)
