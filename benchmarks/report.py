@@ -166,7 +166,7 @@ def _summary(cells: list[Cell]) -> str:
         f"- far behind, KL over 1.1 x the best peer's or over 0.1 nat below it: {', '.join(far) or 'none'} (bar: none)",
     ]
     if ratios:
-        lines.append(f"- median of KL / best peer's KL: {np.median(ratios):.2f} (bar: 0.7)")
+        lines.append(f"- median of KL / best peer's KL: {np.median(ratios):.3f} (bar: 0.7)")
     if times:
         lines.append(f"- fit time / that of the faster spline flow, median: {np.median(times):.2f} (bar: 2)")
     return "\n".join(lines)
