@@ -410,7 +410,9 @@ class EBMFlowDensity(Versioned, CallbackSupportMixin, DensityMixin, BaseEstimato
         """
         check_is_fitted(self)
         n_samples, generator = check_n_samples(n_samples), _generator(random_state)
-        z = draw_from_density(self.density_, self.proposal_, n_samples, generator)
+        # Langevin steps take gradients.
+        with torch.inference_mode(False):
+            z = draw_from_density(self.density_, self.proposal_, n_samples, generator)
         return torch.cat([self.feature_map_.inverse(part) for part in z.split(_POOL_CHUNK)]).numpy()
 
     def importance_sample(self, n_samples: int = 1000, random_state: Any = None) -> tuple[np.ndarray, np.ndarray]:

@@ -7,6 +7,7 @@ import pickle
 import signal
 import sys
 import warnings
+import zlib
 from pathlib import Path
 
 import joblib
@@ -263,8 +264,12 @@ def test_a_compressed_file_with_a_wrong_byte_does_not_load(fitted, X, tmp_path):
         wrong = bytearray(content)
         wrong[position] ^= 1 << int(rng.integers(8))
         path.write_bytes(wrong)
-        with pytest.raises(Exception):  # noqa: B017
+        try:
             joblib.load(path)
+        except Exception:  # noqa: S112
+            continue
+        # Another way to write the same, as when what repeats is copied from elsewhere.
+        assert zlib.decompress(wrong) == zlib.decompress(content)
 
 
 def test_a_foreign_file_does_not_load(tmp_path):

@@ -44,7 +44,7 @@ def side(rows):
 
 
 def fails(fitted):
-    with pytest.raises(ValueError, match="constant"):
+    with pytest.raises(ValueError, match="Constant"):
         quick().fit(np.c_[X, np.ones(60)])
 
 
