@@ -169,6 +169,15 @@ def _summary(cells: list[Cell]) -> str:
         lines.append(f"- median of KL / best peer's KL: {np.median(ratios):.3f} (bar: 0.7)")
     if times:
         lines.append(f"- fit time / that of the faster spline flow, median: {np.median(times):.2f} (bar: 2)")
+    timed = [cell for cell in cells if "zuko NSF" in cell.rows]
+    if timed:
+        of_zuko = [cell.median(OURS, "fit_seconds") / cell.median("zuko NSF", "fit_seconds") for cell in timed]
+        narrow = [ratio for ratio, cell in zip(of_zuko, timed, strict=True) if cell.median(OURS, "n_features") <= 10]
+        lines.append(
+            f"- fit time / zuko's: {min(of_zuko):.2f} to {max(of_zuko):.2f}, median {np.median(of_zuko):.2f}, with at "
+            f"most ten features {np.median(narrow):.2f} (bar with 1000 and 5000 rows: 1); at most 1 on "
+            f"{sum(ratio <= 1 for ratio in of_zuko)} of {len(timed)}"
+        )
     return "\n".join(lines)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 # A value that float32 cannot tell from a bound lies on it, unless that is far on the scale of the feature.
-_RESOLUTION, _LARGEST_TOLERANCE = 2.0**-23, 1e-6
+_RESOLUTION, _LARGEST_TOLERANCE = 2.0**-23, 1e-4
 # exp of it, times any reasonable scale, is still a number.
 _MAX_EXPONENT = 600.0
 

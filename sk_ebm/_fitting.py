@@ -394,7 +394,7 @@ class _Trainer:
             if untilted >= best_score - self.settings.train.tol:
                 # What the energies add is not worth the time that they take to evaluate.
                 chosen, best_score = torch.full_like(chosen, len(_SCALES) - 1), untilted
-            model.rescale(torch.tensor(_SCALES, dtype=torch.float64)[chosen])
+            model.rescale(torch.tensor(_SCALES, dtype=torch.float32)[chosen])
             result = candidate.result._replace(held_out_log_likelihood=best_score)
             tempered.append(candidate._replace(result=result))
         return tempered
@@ -436,7 +436,8 @@ class _Trainer:
         least = self.settings.train.min_effective_sample_size / len(candidates)
         is_covered = torch.tensor([estimate.effective_sample_size >= least for estimate in estimates])
         values = torch.tensor([estimate.value for estimate in estimates], dtype=torch.float64)
-        return values.to(self.data.rows.device, self.data.rows.dtype), is_covered
+        # Cast first: some devices know no double precision.
+        return values.to(self.data.rows.dtype).to(self.data.rows.device), is_covered
 
     def _start(self, name: str, bases: Sequence[Density], flow: Density, rival_score: float = -math.inf) -> Candidate:
         with seeded_modules(self.generator):

@@ -370,7 +370,8 @@ class _TrainState:
         log_weight = finite_or_zero_weight(flat_weight - scale * energy)
         estimates = estimate_log_normalizers(log_weight.flatten(0, 1), controls)
         values = torch.tensor([estimate.value for estimate in estimates], dtype=torch.float64)
-        log_normalizer = values.to(energy.device, energy.dtype).reshape(len(SCALES), -1)
+        # Cast first: some devices know no double precision.
+        log_normalizer = values.to(energy.dtype).to(energy.device).reshape(len(SCALES), -1)
         log_prob = self.base_log_prob - scale * self.average.energy(self.judged.rows) - log_normalizer.unsqueeze(-1)
         held_out = torch.tensor([self.judged.held_out_mean(of_scale) for of_scale in log_prob], dtype=torch.float64)
         best = int(held_out.nan_to_num(nan=-math.inf).argmax())
