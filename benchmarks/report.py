@@ -20,6 +20,8 @@ README_MARKS = "<!-- accuracy table -->\n", "<!-- end of accuracy table -->\n"
 _GRID_ERROR = 0.001
 # Divergences (nats) below it are as good as none, and the mean over test rows may even be negative.
 _LEAST_KL = 0.001
+# Standard errors by which a divergence may seem negative by chance.
+_MAX_STD_ERRORS = 4.0
 
 
 class Cell:
@@ -28,7 +30,7 @@ class Cell:
     def __init__(self, rows: list[dict]) -> None:
         self.rows: dict[str, dict[int, dict]] = defaultdict(dict)
         for row in rows:
-            if "error" not in row:
+            if _failure(row) is None:
                 self.rows[row["model"]][row["seed"]] = row
         self.name, self.n_train = rows[0]["name"], rows[0]["n_train"]
         self.is_known = any("kl" in row for row in rows)
@@ -63,6 +65,20 @@ class Cell:
         """Return the median over seeds of a measurement."""
         found = [row[key] for row in self.rows.get(model, {}).values() if key in row]
         return float(np.median(found)) if found else math.nan
+
+
+def _failure(row: dict) -> str | None:
+    """Return why a row counts for nothing, or None.
+
+    A divergence clearly below zero cannot be: log Z was estimated far too low, and the scores are those of no density.
+    """
+    if "error" in row:
+        return row["error"]
+    if "kl" in row and np.isfinite(row["parts"]).all():
+        parts = np.asarray(row["parts"], dtype=float)
+        if row["kl"] < -_MAX_STD_ERRORS * parts.std(ddof=1) / math.sqrt(len(parts)) - _LEAST_KL:
+            return f"KL {row['kl']:.3f} < 0: its density integrates to more than one"
+    return None
 
 
 def cells_with_peers(rows: list[dict]) -> list[Cell]:
@@ -127,11 +143,14 @@ def write_report(rows: list[dict], path: Path) -> None:
     modes = _mode_weights(cells)
     if modes:
         parts.append(f"## Weights of modes in draws\n\n{modes}")
-    failures = [row for row in rows if "error" in row]
+    failures = [(row, reason) for row in rows if (reason := _failure(row)) is not None]
     if failures:
         parts.append(
             "## Failures\n\n"
-            + "\n".join(f"- {r['model']} on {r['name']}, n = {r['n_train']}: `{r['error'][:150]}`" for r in failures)
+            + "\n".join(
+                f"- {row['model']} on {row['name']}, n = {row['n_train']}, seed {row['seed']}: `{reason[:150]}`"
+                for row, reason in failures
+            )
         )
     path.write_text("\n\n".join(parts) + "\n")
 
@@ -159,8 +178,10 @@ def _summary(cells: list[Cell]) -> str:
     ]
     as_good, better = np.mean([mark != "✗" for mark in marks]), np.mean([lead > 0 for lead in leads])
     n_seeds = sorted({len(cell.rows[OURS]) for cell in cells})
+    fewer = [model for cell in cells for model in cell.rows if len(cell.rows[model]) < len(cell.rows[OURS])]
     lines = [
-        f"- seeds per task: {' to '.join(str(n) for n in dict.fromkeys((n_seeds[0], n_seeds[-1])))}",
+        f"- seeds per task: {' to '.join(str(n) for n in dict.fromkeys((n_seeds[0], n_seeds[-1])))}"
+        + (f", fewer of {', '.join(dict.fromkeys(fewer))}" if fewer else ""),
         f"- at least as good as the best peer: {as_good:.0%} of {len(cells)} (bar: 90 %)",
         f"- better: {better:.0%} (bar: 60 %)",
         f"- far behind, KL over 1.1 x the best peer's or over 0.1 nat below it: {', '.join(far) or 'none'} (bar: none)",
