@@ -42,26 +42,49 @@ _TIGHTER_PRIOR_COUNT, _PROBABLY, _MIN_FEATURES_TO_TIGHTEN = 10.0, 1.0, 3
 # Where so many rows share the value of a feature, components as narrow as the rounding may be worth a try, which the
 # prior of their covariances would forbid.
 _MIN_SHARE_OF_ATOM, _MIN_ROWS_OF_ATOM, _PRIOR_COUNT_AT_ATOMS, _MIN_SHARE_AT_ATOMS = 0.02, 5, 1e-6, 0.05
+# Rows that a component needs where all are spheres of one size, as those of a kernel density are, and what such a
+# mixture has to add to the best one (nats per row): energies find curved shapes by themselves, and better.
+_MIN_ROWS_OF_CROWDED, _MIN_GAIN_OF_CROWDED = 3, 0.1
 # EM has local optima: the mixture chosen is fitted several times, and the likeliest fit is kept. So are those of few
 # components and full covariances in the search, where one that starts in the wrong place costs most.
 _FINAL_RUNS, _RUNS_OF_FEW, _FEW_COMPONENTS = 3, 3, 8
 
 
 def search_mixture(data: Folds, feature_map: FeatureMap, generator: torch.Generator) -> Bases:
-    """Cross-fit the best Gaussian mixture; where values repeat, mix it with the best one that may be narrow there."""
-    plain = _cross_fit_best(data, _shapes(feature_map), generator)
-    shapes_at_atoms = _shapes_at_atoms(feature_map, data.rows)
-    if not shapes_at_atoms:
-        return plain
-    narrow = _cross_fit_best(data, shapes_at_atoms, generator)
+    """Cross-fit the best Gaussian mixture, and mix it with others where held-out rows ask for them.
+
+    These are the best one that may be narrow, where values repeat, and the best one of many small clusters, where rows
+    are few.
+    """
+    shapes = _shapes(feature_map)
+    # What is mostly left out draws numbers of its own, so that it leaves no trace.
+    own_generator = torch.Generator().set_state(generator.get_state())
+    parts = [_cross_fit_best(data, shapes, generator)]
+    if shapes_at_atoms := _shapes_at_atoms(feature_map, data.rows):
+        narrow = _cross_fit_best(data, shapes_at_atoms, generator)
+        parts = [*parts, narrow] if _held_out_shares([*parts, narrow], data)[1] >= _MIN_SHARE_AT_ATOMS else parts
+    without = _mixed(parts, data)
+    crowded = _cross_fit_crowded(data, shapes, own_generator)
+    if crowded is None:
+        return without
+    both = _mixed([*parts, crowded], data)
+    return both if both.score >= without.score + _MIN_GAIN_OF_CROWDED else without
+
+
+def _mixed(parts: Sequence[Bases], data: Folds) -> Bases:
+    """Mix mixtures by the likelihood of held-out rows."""
+    if len(parts) == 1:
+        return parts[0]
+    shares = _held_out_shares(parts, data)
+    mixtures = zip(*(cast("list[Mixture]", bases.members) for bases in parts), strict=True)
+    members: list[Density] = [mixture_of_mixtures(of_member, shares) for of_member in mixtures]
     weight = data.held_out_weight().sum(0)
-    held_out = torch.stack([held_out_log_prob(bases.members, data) for bases in (plain, narrow)])
-    shares = mixture_shares(held_out, weight)
-    if shares[1] < _MIN_SHARE_AT_ATOMS:
-        return plain
-    both = zip(cast("list[Mixture]", plain.members), cast("list[Mixture]", narrow.members), strict=True)
-    members: list[Density] = [mixture_of_mixtures(mixtures, shares) for mixtures in both]
-    return Bases(members, float(weight @ (held_out + shares.log().unsqueeze(-1)).logsumexp(0) / weight.sum()))
+    return Bases(members, float(weight @ held_out_log_prob(members, data) / weight.sum()))
+
+
+def _held_out_shares(parts: Sequence[Bases], data: Folds) -> torch.Tensor:
+    held_out = torch.stack([held_out_log_prob(bases.members, data) for bases in parts])
+    return mixture_shares(held_out, data.held_out_weight().sum(0))
 
 
 def _cross_fit_best(data: Folds, shapes: Sequence["_Settings"], generator: torch.Generator) -> Bases:
@@ -73,7 +96,19 @@ def _cross_fit_best(data: Folds, shapes: Sequence["_Settings"], generator: torch
         if data.rows.shape[1] >= _MIN_FEATURES_TO_TIGHTEN:
             full = next(shape for shape in shapes if shape.covariance_type == "full")
             chosen = search.with_tighter_prior(chosen, full)
-    chosen = search.with_fewer_components(chosen)
+    return _cross_fit_chosen(search.with_fewer_components(chosen), data, generator)
+
+
+def _cross_fit_crowded(data: Folds, shapes: Sequence["_Settings"], generator: torch.Generator) -> Bases | None:
+    """Cross-fit the best spheres of one size with fewer rows each than other components have, if rows are so few."""
+    # In one feature, all shapes are spheres.
+    one_size = "tied_spherical" if data.rows.shape[1] > 1 else "tied"
+    search = _Search(data, generator)
+    chosen = search.best_of_few_rows([shape for shape in shapes if shape.covariance_type == one_size])
+    return chosen and _cross_fit_chosen(chosen, data, generator)
+
+
+def _cross_fit_chosen(chosen: "_Trial", data: Folds, generator: torch.Generator) -> Bases:
     return cross_fit(lambda z, weights: chosen.settings.fit(z, weights, generator, n_runs=_FINAL_RUNS), data)
 
 
@@ -227,6 +262,13 @@ class _Search:
         """Return what is probably better with full covariances and a prior of more rows, if anything is."""
         tighter = _most_frugal_of_the_best(self.trials(full._replace(prior_count=_TIGHTER_PRIOR_COUNT)))
         return tighter if tighter.beats(chosen, _PROBABLY) else chosen
+
+    def best_of_few_rows(self, shapes: Sequence[_Settings]) -> _Trial | None:
+        """Return the best trial of the shapes with more components than usual, or None if there are none to try."""
+        most = len(self.rows) // _MIN_ROWS_OF_CROWDED
+        sizes = [size for size in _N_COMPONENTS if self.sizes[-1] < size <= most]
+        tried = [self.trial(shape._replace(n_components=size)) for shape in shapes for size in sizes]
+        return _most_frugal_of_the_best(tried) if tried else None
 
     def with_fewer_components(self, chosen: _Trial) -> _Trial:
         """Return the best of the sizes left out below, or what is chosen."""

@@ -10,7 +10,14 @@ from sklearn.mixture import GaussianMixture
 
 from sk_ebm import _mixture_search
 from sk_ebm._mixture import fit_gaussian, mixture_of_mixtures
-from sk_ebm._mixture_search import _halfway_down, _most_to_come, _shapes_at_atoms, search_mixture
+from sk_ebm._mixture_search import (
+    _cross_fit_crowded,
+    _halfway_down,
+    _most_to_come,
+    _shapes,
+    _shapes_at_atoms,
+    search_mixture,
+)
 from sk_ebm._support import fit_feature_map
 
 
@@ -125,6 +132,7 @@ def test_many_rows_are_all_searched_by_fewer_members(rng, monkeypatch):
 
     monkeypatch.setattr(_mixture_search, "fit_mixtures", spy)
     monkeypatch.setattr(_mixture_search, "_MAX_SEARCH_ROWS", 50)
+    monkeypatch.setattr(_mixture_search, "_cross_fit_crowded", lambda *arguments: None)
     search(folds(X))
     *tried, (n_members, n_rows, n_components) = fitted_to
     assert {(b, n) for b, n, _ in tried} == {(1, 200)}
@@ -147,6 +155,27 @@ def test_values_that_repeat_get_narrow_components(rng, monkeypatch):
 def test_values_that_do_not_repeat_get_no_narrow_components(rng):
     data = folds(rng.normal(size=(300, 2)))
     assert not _shapes_at_atoms(fit_feature_map(data.rows, data.weight, use_margins=False), data.rows)
+
+
+def test_many_small_clusters_are_found_in_few_rows(rng, monkeypatch):
+    centres = rng.uniform(-100, 100, size=(30, 2))
+
+    def draw(n):
+        return torch.from_numpy(centres[rng.integers(30, size=n)] + rng.normal(size=(n, 2)))
+
+    X, fresh = draw(200), draw(5000)
+    crowded = score(X, fresh)
+    monkeypatch.setattr(_mixture_search, "_cross_fit_crowded", lambda *arguments: None)
+    assert crowded > score(X, fresh) + 0.1
+
+
+def test_small_clusters_stay_out_where_there_are_none_or_rows_are_many(rng, monkeypatch):
+    bases, _ = search(folds(rng.normal(size=(200, 3))))
+    assert len(bases.members[0].means) == 1
+    monkeypatch.setattr(_mixture_search, "_N_COMPONENTS", (1, 2, 3))
+    data = folds(rng.normal(size=(100, 2)))
+    feature_map = fit_feature_map(data.rows, data.weight, use_margins=False)
+    assert _cross_fit_crowded(data, _shapes(feature_map), torch.Generator()) is None
 
 
 def test_a_mixture_of_mixtures_is_one(rng):
