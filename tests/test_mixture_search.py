@@ -169,9 +169,23 @@ def test_many_small_clusters_are_found_in_few_rows(rng, monkeypatch):
     assert crowded > score(X, fresh) + 0.1
 
 
-def test_small_clusters_stay_out_where_there_are_none_or_rows_are_many(rng, monkeypatch):
-    bases, _ = search(folds(rng.normal(size=(200, 3))))
-    assert len(bases.members[0].means) == 1
+def test_small_clusters_that_are_not_there_leave_no_trace(rng, monkeypatch):
+    data, generator = folds(rng.normal(size=(200, 3))), torch.Generator()
+    with_them = search_mixture_of(data, generator.manual_seed(0))
+    state = generator.get_state()
+    monkeypatch.setattr(_mixture_search, "_cross_fit_crowded", lambda *arguments: None)
+    without = search_mixture_of(data, generator.manual_seed(0))
+    assert len(with_them.members[0].means) == 1
+    torch.testing.assert_close(with_them.members[0].means, without.members[0].means, rtol=0, atol=0)
+    assert torch.equal(generator.get_state(), state)
+
+
+def search_mixture_of(data, generator):
+    """Return the bases found for rows as they are."""
+    return search_mixture(data, fit_feature_map(data.rows, data.weight, use_margins=False), generator)
+
+
+def test_small_clusters_are_not_tried_where_rows_are_many(rng, monkeypatch):
     monkeypatch.setattr(_mixture_search, "_N_COMPONENTS", (1, 2, 3))
     data = folds(rng.normal(size=(100, 2)))
     feature_map = fit_feature_map(data.rows, data.weight, use_margins=False)
