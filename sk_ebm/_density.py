@@ -27,6 +27,7 @@ from sk_ebm._progress import ProgressLine
 from sk_ebm._rows import deal_to_folds
 from sk_ebm._sampler import CHUNK, draw_from_density, draw_pool, log_weight
 from sk_ebm._selection import FitBase
+from sk_ebm._soap import MIN_ROWS_FOR_SOAP
 from sk_ebm._training import ENDED_BY_USER, Outcome, TrainSettings
 
 try:
@@ -562,6 +563,7 @@ class EBMFlowDensity(Versioned, CallbackSupportMixin, DensityMixin, BaseEstimato
                 early_stopping=self.early_stopping,
                 n_iter_no_change=self.n_iter_no_change,
                 n_iter_first_gain=6 if isinstance(rate, str) else self.n_iter_no_change,
+                soap=self.energy is None and n_samples >= MIN_ROWS_FOR_SOAP,
                 tol=self.tol,
                 group=group,
                 data_share=total_weight * group.size / sum(group.gather(total_weight)),

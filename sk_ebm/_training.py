@@ -23,12 +23,16 @@ from sk_ebm._sampler import (
     finite_or_zero_weight,
     start_chains,
 )
+from sk_ebm._soap import SOAP
 from sk_ebm._stacking import gain_by_chance
 from sk_ebm._types import Density
 
 Report = Callable[[dict[str, float], Callable[[], tuple[TiltedEnsemble, Density]]], bool]
 
 _FLOW_LEARNING_RATE = 2e-3
+# Of the energies: decay of the means of gradients and of their squares, steps in which the rate rises, and the rate of
+# matrices as a multiple of that of other parameters, which AdamW could not bear.
+_BETAS, _WARM_UP, _WARM_UP_OF_SOAP, _RATE_OF_MATRICES = (0.9, 0.98), 50, 200, 8.0
 _DATA_SHARE_OF_FLOW_BATCH = 0.25
 _WEIGHT_AVERAGE_DECAY = 0.99
 _MAX_GRAD_NORM = 5.0
@@ -80,6 +84,8 @@ class TrainSettings:
     tol: float
     # Checks within which energies must beat the untilted base clearly, if they ever will.
     n_iter_first_gain: int = 6
+    # Whether SOAP fits the energies, not AdamW: with many rows it finds more, with few it over-fits sooner.
+    soap: bool = False
     steps_per_iter: int = 16
     n_flow_steps: int = 2
     n_negative: int = 256
@@ -275,13 +281,7 @@ class _TrainState:
         self.judged = data.sample_of_all(MAX_JUDGED_ROWS, settings.group, settings.data_share)
         self.base_log_prob = model.base_log_prob(self.judged.rows)
         self.energy_parameters = [p for p in model.energies.parameters() if p.requires_grad]
-        self.energy_optimizer = torch.optim.AdamW(
-            self.energy_parameters,
-            lr=settings.learning_rate,
-            weight_decay=settings.weight_decay,
-            betas=(0.9, 0.98),
-            fused=True,
-        )
+        self.energy_optimizer = self._new_energy_optimizer()
         self.flow_optimizer = torch.optim.AdamW(flow.parameters(), lr=_FLOW_LEARNING_RATE, fused=True)
         self.proposal = defensive_proposal(flow, list(model.bases))
         pool = self.propose()
@@ -333,7 +333,7 @@ class _TrainState:
         """Return to the best energies at half the learning rate: the energy ran away from its sampler."""
         for target in (self.model, self.average):
             target.energies.load_state_dict(best.energies.state_dict())
-        self.energy_optimizer.state.clear()
+        self.energy_optimizer = self._new_energy_optimizer()
         self.learning_rate /= 2
 
     def flow_steps(self) -> None:
@@ -397,14 +397,20 @@ class _TrainState:
         recent = torch.stack(self.reports[-20:]).mean(0) if self.reports else torch.full((2,), math.nan)
         return {"local": float(recent[0]), "flow": float(recent[1])}
 
+    def _new_energy_optimizer(self) -> torch.optim.AdamW:
+        options: dict[str, Any] = {"lr": self.settings.learning_rate, "weight_decay": self.settings.weight_decay}
+        if self.settings.soap:
+            return SOAP(self.energy_parameters, **options, betas=_BETAS, matrix_factor=_RATE_OF_MATRICES)
+        return torch.optim.AdamW(self.energy_parameters, **options, betas=_BETAS, fused=True)
+
     def _set_learning_rate(self) -> None:
         settings = self.settings
         self.n_energy_steps += 1
-        warm_up = min(1.0, self.n_energy_steps / 50)
+        warm_up = min(1.0, self.n_energy_steps / (_WARM_UP_OF_SOAP if settings.soap else _WARM_UP))
         progress = min(1.0, self.n_energy_steps / (settings.max_iter * settings.steps_per_iter))
         rate = self.learning_rate * warm_up * (0.5 * (1 + math.cos(math.pi * progress)) + 0.01)
         for parameters in self.energy_optimizer.param_groups:
-            parameters["lr"] = rate
+            parameters["lr"] = rate * parameters.get("factor", 1.0)
 
     @torch.no_grad()
     def _update_average(self) -> None:
