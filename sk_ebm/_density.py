@@ -108,7 +108,8 @@ class EBMFlowDensity(Versioned, CallbackSupportMixin, DensityMixin, BaseEstimato
         Most iterations of training; each moves the chains and takes 16 gradient steps.
     learning_rate : "auto" or float, default="auto"
         Peak learning rate of the energies; "auto" is 0.006 up to two features and falls with the square root of
-        their number beyond.
+        their number beyond. From 4000 rows on the default energy is fitted by SOAP (Vyas et al. 2024), not AdamW, and its matrices
+        learn eight times as fast.
     alpha : float, default=0.1
         Weight decay of the energies.
     batch_size : int, default=256
@@ -205,6 +206,8 @@ class EBMFlowDensity(Versioned, CallbackSupportMixin, DensityMixin, BaseEstimato
     ----------
     L. Grenioux, E. Moulines, M. Gabrie, "Balanced Training of Energy-Based Models with Adaptive Flow Sampling",
     2023, arXiv 2306.00684.
+
+    N. Vyas et al., "SOAP: Improving and Stabilizing Shampoo using Adam", 2024, arXiv 2409.11321.
 
     Examples
     --------
