@@ -108,8 +108,8 @@ class EBMFlowDensity(Versioned, CallbackSupportMixin, DensityMixin, BaseEstimato
         Most iterations of training; each moves the chains and takes 16 gradient steps.
     learning_rate : "auto" or float, default="auto"
         Peak learning rate of the energies; "auto" is 0.006 up to two features and falls with the square root of
-        their number beyond. From 4000 rows on the default energy is fitted by SOAP (Vyas et al. 2024), not AdamW, and its matrices
-        learn eight times as fast.
+        their number beyond. From 4000 rows on SOAP (Vyas et al. 2024) fits the default energy, not AdamW, and its
+        matrices learn eight times as fast.
     alpha : float, default=0.1
         Weight decay of the energies.
     batch_size : int, default=256
