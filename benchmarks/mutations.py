@@ -1,4 +1,4 @@
-"""Break kernels, sampler, log Z, feature map, flows, training loop and pictures a line at a time: does a test fail?
+"""Break the package a line at a time, from kernels and log Z to pictures: does a test fail?
 
 Run ``python benchmarks/mutations.py``. It works on a copy; about ten minutes on two cores. ``--check`` only looks
 whether the lines are still there.
@@ -23,6 +23,8 @@ TESTS = {
     "_flow_fitting": ["test_flow_fitting.py", "test_flow.py"],
     "_sampler": ["test_sampler.py"],
     "_display": ["test_display.py"],
+    "_soap": ["test_soap.py"],
+    "_mixture_search": ["test_mixture_search.py"],
 }
 MUTATIONS = {
     "_kernels": [
@@ -38,6 +40,32 @@ MUTATIONS = {
         ("torch.where(proposal.log_weight.isfinite(), proposal.log_weight, -math.inf)", "proposal.log_weight"),
         ("log_weight.gather(-1, chosen).squeeze(-1)", "log_weight[..., 0]"),
         ("/ (4 * step)", "/ (2 * step)"),
+    ],
+    "_soap": [
+        ("left.mT @ matrix @ right", "left.mT @ matrix"),
+        ("left @ matrix @ right.mT", "left @ matrix"),
+        ("[gradient @ gradient.mT, gradient.mT @ gradient]", "[gradient.mT @ gradient, gradient.mT @ gradient]"),
+        ('state["exp_avg"].copy_(self._turn(mean))', "pass"),
+        ("covariance.lerp_(square, 1 - self.decay)", "pass"),
+        ("nan_to_num(0.0, 0.0, 0.0)", "clone()"),
+        ("self.turned.zero_()", "pass"),
+        ("self.parameter.mul_(1 - decay)", "self.parameter"),
+        ('"factor": matrix_factor', '"factor": 1.0'),
+        ("matrix.parameter.grad = None", "pass"),
+        ("parameter.dim() > 1 and min(parameter.shape[-2:]) > 1", "parameter.dim() > 1"),
+    ],
+    "_mixture_search": [
+        ("own_generator = torch.Generator().set_state(generator.get_state())", "own_generator = generator"),
+        ("without.score + _MIN_GAIN_OF_CROWDED", "without.score + 100 * _MIN_GAIN_OF_CROWDED"),
+        ("without.score + _MIN_GAIN_OF_CROWDED", "without.score - 100 * _MIN_GAIN_OF_CROWDED"),
+        ("[*parts, narrow] if", "parts if"),
+        ("len(self.rows) // _MIN_ROWS_OF_CROWDED", "len(self.rows) // 10"),
+        ("self.is_held_out] - optimism", "self.is_held_out]"),
+        ("loss <= _PARSIMONY * std_error", "loss <= 0"),
+        ("trial.beats(chosen, _CLEARLY)", "trial.beats(chosen, 1e9)"),
+        ("tighter if tighter.beats(chosen, _PROBABLY) else chosen", "chosen"),
+        ("chosen = max(chosen, self.trial(", "chosen = min(chosen, self.trial("),
+        ("k * _MIN_ROWS_PER_COMPONENT <= len(sample.rows)", "k <= 2"),
     ],
     "_log_normalizer": [
         ("(weight.shape[-1] * weight.square().sum(-1))", "weight.square().sum(-1)"),

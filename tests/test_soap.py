@@ -88,6 +88,19 @@ def test_directions_that_adamw_cannot_see_are_learnt_sooner(generator):
     assert losses[0] < 0.2 * losses[1]
 
 
+def test_directions_follow_the_gradients(generator):
+    matrix = normal_parameter(4, 4)
+    optimizer = soap([matrix], lr=0.0)
+    scale = torch.tensor([1.0, 0.3, 0.1, 0.03], dtype=torch.float64)
+    for law in (rotation(4, generator) * scale, rotation(4, generator) * scale):
+        for _ in range(400):
+            matrix.grad = law @ torch.randn(4, 4, generator=generator, dtype=torch.float64)
+            optimizer.step()
+        left = optimizer.matrices[0].directions[0]
+        # Along the eigenvectors, in order, a law has the scales alone.
+        torch.testing.assert_close((left.mT @ law).norm(dim=1), scale, rtol=0.3, atol=0.0)
+
+
 def test_matrices_move_at_a_rate_of_their_own():
     slow, fast = normal_parameter(3, 4), normal_parameter(3, 4)
     start = slow.detach().clone()
@@ -112,6 +125,7 @@ def test_a_gradient_that_is_no_number_takes_no_step_and_leaves_no_trace(value):
         before = matrix.detach().clone()
         _descend(factor * matrix.square().sum(), optimizer, [matrix])
         assert torch.equal(matrix.detach(), before) == (not math.isfinite(factor))
+        assert matrix.isfinite().all()
 
 
 @pytest.mark.parametrize(
