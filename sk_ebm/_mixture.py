@@ -21,6 +21,9 @@ _LOST_COUNT = 1e-3
 _MAX_FEATURE_VALUES = 20_000_000
 # What is held at once for every component of every mixture: few enough values to stay in the cache of a processor.
 _MAX_VALUES = 2**17
+# What a step of EM has to evaluate at least (rows times components of all mixtures) for it to save time to leave out the
+# mixtures that have stopped climbing.
+_MIN_VALUES_TO_LEAVE_OUT = 1_500_000
 # Rows that starts are compared on: with more of them, what matters is the number of rows that EM ends with.
 MAX_START_ROWS = 8000
 # Pseudo-counts of the prior that pulls every covariance a little towards a sphere: fits stay positive
@@ -163,12 +166,12 @@ def fit_mixtures(
     runs.start_from(labels)
     log_likelihood = runs.climb(tol)
     best = log_likelihood.reshape(-1, n_runs).argmax(-1) + n_runs * torch.arange(len(weight), device=z.device)
-    parameters = [part[best] for part in (runs.log_proportions, runs.means, runs.scale_trils)]
+    parameters = [part[best] for part in runs.parameters()]
     if len(z) > MAX_START_ROWS:
         em = _BatchedEM(z, weight, n_components, covariance_type, prior_count)
         em.log_proportions, em.means, em.scale_trils = parameters
         em.climb(tol)
-        parameters = [em.log_proportions, em.means, em.scale_trils]
+        parameters = em.parameters()
     return [Mixture(*of_one) for of_one in zip(*parameters, strict=True)]
 
 
@@ -196,16 +199,31 @@ class _BatchedEM:
         """Fit each component to the rows of its label, given labels (B, n)."""
         self._maximise(self._moments_of(labels))
 
+    def parameters(self) -> list[torch.Tensor]:
+        """Return the log proportions, means and factors of the covariances, (B, k, ...)."""
+        return [self.log_proportions, self.means, self.scale_trils]
+
     def climb(self, tol: float) -> torch.Tensor:
         """Iterate from the parameters as they are; return the mean log-likelihoods (B,)."""
-        previous = self.z.new_full((len(self.weight),), -math.inf)
+        weight, total, parameters = self.weight, self.total, self.parameters()
+        climbing = torch.arange(len(weight), device=self.z.device)
+        reached = self.z.new_full((len(weight),), -math.inf)
+        leaves_out = self.n_components * weight.numel() >= _MIN_VALUES_TO_LEAVE_OUT
         for _ in range(_MAX_ITER):
             moments, log_likelihood = self._expect()
-            if bool((log_likelihood - previous < tol).all()):
+            climbs = ~(log_likelihood - reached[climbing] < tol)
+            reached[climbing] = log_likelihood
+            if not bool(climbs.any()):
                 break
-            previous = log_likelihood
+            if leaves_out and not bool(climbs.all()):
+                climbing, moments = climbing[climbs], moments[climbs]
+                self.weight, self.total = self.weight[climbs], self.total[climbs]
             self._maximise(moments)
-        return log_likelihood
+            for whole, part in zip(parameters, self.parameters(), strict=True):
+                whole[climbing] = part
+        self.weight, self.total = weight, total
+        self.log_proportions, self.means, self.scale_trils = parameters
+        return reached
 
     def _features(self, z: torch.Tensor) -> torch.Tensor:
         return torch.cat([z[:, self.row] * z[:, self.column], z, torch.ones_like(z[:, :1])], dim=1)

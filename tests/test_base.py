@@ -11,7 +11,7 @@ from scipy import stats
 from sklearn.mixture import GaussianMixture
 
 from sk_ebm import _mixture, _student_t
-from sk_ebm._mixture import COVARIANCE_TYPES, fit_gaussian, fit_mixtures
+from sk_ebm._mixture import COVARIANCE_TYPES, fit_gaussian, fit_mixtures, kmeans_labels
 from sk_ebm._student_t import fit_student_t
 
 BASES = ["gaussian", *COVARIANCE_TYPES, "student_t"]
@@ -142,6 +142,17 @@ def test_rows_beyond_those_that_starts_are_compared_on_count_as_much(name, monke
     continued, of_few = (float(fit(name, rows).log_prob(z).mean()) for rows in (z, z[:n_few]))
     assert continued == pytest.approx(of_all, abs=0.002)
     assert continued > of_few + 0.001
+
+
+def test_with_many_rows_a_mixture_that_has_stopped_climbing_stays_as_it_is(monkeypatch):
+    monkeypatch.setattr(_mixture, "_MIN_VALUES_TO_LEAVE_OUT", 0)
+    z, weight = clusters(), torch.rand(4, 300, generator=seeded(0)).double()
+    labels = kmeans_labels(z, weight, 8, seeded(1))
+    options = {"covariance_type": "full", "generator": seeded(2)}
+    together = fit_mixtures(z, weight, 8, labels=labels, **options)
+    for k, mixture in enumerate(together):
+        alone = fit_mixtures(z, weight[[k]], 8, labels=labels[[k]], **options)[0]
+        torch.testing.assert_close(mixture.log_prob(z), alone.log_prob(z), rtol=0, atol=1e-9)
 
 
 def test_tied_types_share_one_covariance_and_the_others_do_not():
