@@ -24,10 +24,9 @@ from sk_ebm._folds import Folds
 from sk_ebm._parallel import ALONE, DistributedGroup, Group
 from sk_ebm._persistence import Versioned
 from sk_ebm._progress import ProgressLine
-from sk_ebm._rows import deal_to_folds
+from sk_ebm._rows import DistinctRows, deal_to_folds, find_distinct_rows
 from sk_ebm._sampler import CHUNK, draw_from_density, draw_pool, log_weight
 from sk_ebm._selection import FitBase
-from sk_ebm._soap import MIN_ROWS_FOR_SOAP
 from sk_ebm._training import ENDED_BY_USER, Outcome, TrainSettings
 
 try:
@@ -55,6 +54,11 @@ _MODEL_PARAMETERS = (
     "validation_fraction",
 )
 _TRUSTED_EFFECTIVE_SAMPLE_SIZE = 0.01
+# From so many rows on SOAP fits the default energies, which over-fit sooner than they learn more with fewer. It needs
+# fewer iterations, and what rows teach varies less, so averaging fewer energies does.
+MANY_ROWS = 4000
+_N_ESTIMATORS, _N_ESTIMATORS_OF_MANY_ROWS = 6, 4
+_MAX_ITER, _MAX_ITER_OF_SOAP = 120, 80
 
 
 class LowEffectiveSampleSizeWarning(UserWarning):
@@ -100,12 +104,14 @@ class EBMFlowDensity(Versioned, CallbackSupportMixin, DensityMixin, BaseEstimato
         nothing: an energy is a function. To pickle the estimator, use a named function or class.
     hidden_layer_sizes : "auto" or tuple of int, default="auto"
         Hidden layers of the default energy; "auto" takes three layers that widen slowly with the number of rows.
-    n_estimators : int, default=6
-        Number of energies per base; each holds out another fold of the rows, and the energies are averaged.
+    n_estimators : "auto" or int, default="auto"
+        Number of energies per base; each holds out another fold of the rows, and the energies are averaged. "auto" is
+        6, and 4 from 4000 rows on.
     flow : {"spline", "affine"}, default="spline"
         Coupling flow; "affine" is faster and less accurate.
-    max_iter : int, default=120
-        Most iterations of training; each moves the chains and takes 16 gradient steps.
+    max_iter : "auto" or int, default="auto"
+        Most iterations of training; each moves the chains and takes 16 gradient steps. "auto" is 120, and 80 where
+        SOAP fits the energies (see `learning_rate`).
     learning_rate : "auto" or float, default="auto"
         Peak learning rate of the energies; "auto" is 0.006 up to two features and falls with the square root of
         their number beyond. From 4000 rows on SOAP (Vyas et al. 2024) fits the default energy, not AdamW, and its
@@ -119,7 +125,7 @@ class EBMFlowDensity(Versioned, CallbackSupportMixin, DensityMixin, BaseEstimato
         If False, training runs for `max_iter` iterations and keeps the last parameters whose log Z is certain.
     validation_fraction : float, default=0.25
         Share of the rows that each energy holds out, rounded to one fold of an equal deal. Every energy needs a fold
-        of its own, so with the default six energies it is 1/6 whatever larger share is asked for.
+        of its own, so with six energies it is 1/6 whatever larger share is asked for.
     n_iter_no_change : int, default=10
         Validation checks, one every five iterations, without improvement before stopping. Six are enough to give up
         energies that have hardly beaten their base, unless `learning_rate` is your own.
@@ -228,9 +234,9 @@ class EBMFlowDensity(Versioned, CallbackSupportMixin, DensityMixin, BaseEstimato
         "bounds": ["array-like", dict, None],
         "energy": [callable, None],
         "hidden_layer_sizes": [StrOptions({"auto"}), "array-like"],
-        "n_estimators": [Interval(Integral, 1, None, closed="left")],
+        "n_estimators": [StrOptions({"auto"}), Interval(Integral, 1, None, closed="left")],
         "flow": [StrOptions({"spline", "affine"})],
-        "max_iter": [Interval(Integral, 1, None, closed="left")],
+        "max_iter": [StrOptions({"auto"}), Interval(Integral, 1, None, closed="left")],
         "learning_rate": [StrOptions({"auto"}), Interval(Real, 0, None, closed="neither")],
         "alpha": [Interval(Real, 0, None, closed="left")],
         "batch_size": [Interval(Integral, 1, None, closed="left")],
@@ -262,9 +268,9 @@ class EBMFlowDensity(Versioned, CallbackSupportMixin, DensityMixin, BaseEstimato
         bounds: Any = None,
         energy: Callable[[int], nn.Module] | None = None,
         hidden_layer_sizes: str | tuple[int, ...] = "auto",
-        n_estimators: int = 6,
+        n_estimators: str | int = "auto",
         flow: str = "spline",
-        max_iter: int = 120,
+        max_iter: str | int = "auto",
         learning_rate: str | float = "auto",
         alpha: float = 0.1,
         batch_size: int = 256,
@@ -464,13 +470,16 @@ class EBMFlowDensity(Versioned, CallbackSupportMixin, DensityMixin, BaseEstimato
             X = check_rows(self, X, ensure_min_samples=2, reset=previous is None)
             if sample_weight is not None:
                 sample_weight = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
-            data, position = self._deal(X, sample_weight, previous)
             names = getattr(self, "feature_names_in_", None)
+            distinct = find_distinct_rows(X, sample_weight, names)
+        n_rows = sum(group.gather(len(distinct.first)))
+        with group.failing_together():
+            data, position = self._deal(X, distinct, n_rows, previous)
             bounds = None if self.bounds is None else make_bounds(self.bounds, data.rows, names)
         if len(set(group.gather((X.shape[1], data.n_members)))) > 1:
             raise ValueError("The processes have rows of different numbers of features, or some too few rows.")
         history: list[dict[str, Any]] = []
-        progress = ProgressLine(sys.stdout, self.max_iter) if self.verbose and sys.stdout else None
+        progress = ProgressLine(sys.stdout, self._max_iter(n_rows)) if self.verbose and sys.stdout else None
         callbacks = _Callbacks(self, given, y)
 
         def report(base: str, check: dict[str, float], model_now: Callable[[], FittedModel]) -> bool:
@@ -484,7 +493,7 @@ class EBMFlowDensity(Versioned, CallbackSupportMixin, DensityMixin, BaseEstimato
             # In units of the largest weight, or the sum might overflow.
             total_weight = float(len(X) / largest if sample_weight is None else (sample_weight / largest).sum())
             announce = progress.announce if progress else lambda what: None
-            settings = self._settings(data.rows, bounds, device, group, total_weight, announce)
+            settings = self._settings(n_rows, X.shape[1], bounds, device, group, total_weight, announce)
             fitted, out_of_bag = fit_model(data, settings, generator, report, previous)
         finally:
             if progress:
@@ -496,17 +505,15 @@ class EBMFlowDensity(Versioned, CallbackSupportMixin, DensityMixin, BaseEstimato
         callbacks.end()
 
     def _deal(
-        self, X: np.ndarray, sample_weight: np.ndarray | None, previous: FittedModel | None
+        self, X: np.ndarray, distinct: DistinctRows, n_rows: int, previous: FittedModel | None
     ) -> tuple[Folds, np.ndarray]:
         """Deal the rows to folds, in the same way whenever the seed of the folds is the same."""
-        data, position = deal_to_folds(
-            X,
-            sample_weight,
-            self.validation_fraction,
-            self.n_estimators,
-            torch.Generator().manual_seed(self._fold_seed),
-            getattr(self, "feature_names_in_", None),
-        )
+        n_estimators = self.n_estimators
+        if isinstance(n_estimators, str):
+            n_estimators = _N_ESTIMATORS if n_rows < MANY_ROWS else _N_ESTIMATORS_OF_MANY_ROWS
+            n_estimators = n_estimators if previous is None else len(previous.candidates[0].model)
+        generator = torch.Generator().manual_seed(self._fold_seed)
+        data, position = deal_to_folds(X, distinct, self.validation_fraction, n_estimators, generator)
         if previous is not None and data.n_members != len(previous.candidates[0].model):
             raise ValueError(
                 f"warm_start goes on with the {len(previous.candidates[0].model)} energies of the previous fit, but "
@@ -536,16 +543,16 @@ class EBMFlowDensity(Versioned, CallbackSupportMixin, DensityMixin, BaseEstimato
 
     def _settings(
         self,
-        rows: torch.Tensor,
+        n_rows: int,
+        n_features: int,
         bounds: BoundsMap | None,
         device: torch.device,
         group: Group,
         total_weight: float,
         announce: Callable[[str], None],
     ) -> FitSettings:
-        n_samples, n_features = sum(group.gather(len(rows))), rows.shape[1]
         hidden, rate = self.hidden_layer_sizes, self.learning_rate
-        sizes = resolve_hidden_layer_sizes(n_samples) if isinstance(hidden, str) else _check_sizes(hidden)
+        sizes = resolve_hidden_layer_sizes(n_rows) if isinstance(hidden, str) else _check_sizes(hidden)
         return FitSettings(
             base=self.base,
             feature_map=self.feature_map,
@@ -555,7 +562,7 @@ class EBMFlowDensity(Versioned, CallbackSupportMixin, DensityMixin, BaseEstimato
             device=device,
             announce=announce,
             train=TrainSettings(
-                max_iter=self.max_iter,
+                max_iter=self._max_iter(n_rows),
                 learning_rate=0.006 * min(1.0, (2 / n_features) ** 0.5) if isinstance(rate, str) else rate,
                 weight_decay=self.alpha,
                 batch_size=self.batch_size,
@@ -566,12 +573,20 @@ class EBMFlowDensity(Versioned, CallbackSupportMixin, DensityMixin, BaseEstimato
                 early_stopping=self.early_stopping,
                 n_iter_no_change=self.n_iter_no_change,
                 n_iter_first_gain=6 if isinstance(rate, str) else self.n_iter_no_change,
-                soap=self.energy is None and n_samples >= MIN_ROWS_FOR_SOAP,
+                soap=self._uses_soap(n_rows),
                 tol=self.tol,
                 group=group,
                 data_share=total_weight * group.size / sum(group.gather(total_weight)),
             ),
         )
+
+    def _max_iter(self, n_rows: int) -> int:
+        if not isinstance(self.max_iter, str):
+            return self.max_iter
+        return _MAX_ITER_OF_SOAP if self._uses_soap(n_rows) else _MAX_ITER
+
+    def _uses_soap(self, n_rows: int) -> bool:
+        return self.energy is None and n_rows >= MANY_ROWS
 
     def _own_energies(self, n_members: int, n_features: int) -> SeparateEnergies:
         """Build the networks of the user's `energy`."""
@@ -606,7 +621,7 @@ class EBMFlowDensity(Versioned, CallbackSupportMixin, DensityMixin, BaseEstimato
     def _warn(self) -> None:
         fraction = self.effective_sample_size_
         remedies = [
-            (self.n_estimators < 6 or self.max_iter < 120, "the default n_estimators and max_iter"),
+            ((self.n_estimators, self.max_iter) != ("auto", "auto"), "the default n_estimators and max_iter"),
             (self.bounds is None, "bounds= where a feature has a limit"),
             (self.n_features_in_ > 2, "fewer features (for instance by PCA)"),
             (True, "another base than " + repr(self.base_["name"])),

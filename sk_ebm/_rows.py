@@ -1,7 +1,7 @@
 """From arrays to folds: merge equal rows, check that a density exists, shuffle, and deal."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,18 +15,19 @@ _HASH_START = np.uint64(0xCBF29CE484222325)
 _HASH_FACTOR = np.uint64(0x100000001B3)
 
 
-def deal_to_folds(
-    X: np.ndarray,
-    sample_weight: np.ndarray | None,
-    validation_fraction: float,
-    n_estimators: int,
-    generator: torch.Generator,
-    names: Sequence[Any] | None = None,
-) -> tuple[Folds, np.ndarray]:
-    """Merge equal rows, shuffle, and deal rows to folds; weights have mean 1 over the different rows.
+class DistinctRows(NamedTuple):
+    """The different rows of positive weight in X, in an order that depends neither on that of X nor on its units."""
 
-    Also return where each row of X went, or -1 for a row of no weight. `names` is what errors call the features.
-    """
+    # Where in X the first of each kind is, their summed weights with mean 1, and of which kind each row of X is, or -1.
+    first: np.ndarray
+    weight: np.ndarray
+    kind: np.ndarray
+
+
+def find_distinct_rows(
+    X: np.ndarray, sample_weight: np.ndarray | None, names: Sequence[Any] | None = None
+) -> DistinctRows:
+    """Merge equal rows; `names` is what errors call the features."""
     is_counted = np.ones(len(X), dtype=bool)
     if sample_weight is not None:
         if not sample_weight.max() > 0:
@@ -35,19 +36,38 @@ def deal_to_folds(
         if not is_counted.all():
             X, sample_weight = X[is_counted], sample_weight[is_counted]
         sample_weight = sample_weight / sample_weight.max()
-    kept, weight, kind = _merge_equal_rows(X, sample_weight)
+    kept, weight, kind_of_counted = _merge_equal_rows(X, sample_weight)
     if len(kept) < 2:
         raise ValueError(
             "All rows of positive weight are equal (1 sample in effect); a density needs at least two different rows."
         )
     _check_spread(X, range(X.shape[1]) if names is None else names)
-    order = torch.randperm(len(kept), generator=generator).numpy()
-    weights = torch.from_numpy(weight * (len(weight) / weight.sum()))[order]
-    n_folds = min(len(kept), max(n_estimators, round(min(len(kept), 1 / validation_fraction)), 2))
-    fold = torch.arange(len(kept)) % n_folds
-    position = np.full(len(is_counted), -1)
-    position[is_counted] = np.argsort(order)[kind]
-    return Folds(torch.from_numpy(X[kept[order]]), weights, fold, min(n_estimators, n_folds)), position
+    kind = np.full(len(is_counted), -1)
+    kind[is_counted] = kind_of_counted
+    return DistinctRows(np.flatnonzero(is_counted)[kept], weight * (len(weight) / weight.sum()), kind)
+
+
+def deal_to_folds(
+    X: np.ndarray,
+    distinct: DistinctRows,
+    validation_fraction: float,
+    n_estimators: int,
+    generator: torch.Generator,
+) -> tuple[Folds, np.ndarray]:
+    """Shuffle the different rows and deal them to folds.
+
+    Also return where each row of X went, or -1 for a row of no weight.
+    """
+    n_rows = len(distinct.first)
+    order = torch.randperm(n_rows, generator=generator).numpy()
+    n_folds = min(n_rows, max(n_estimators, round(min(n_rows, 1 / validation_fraction)), 2))
+    data = Folds(
+        torch.from_numpy(X[distinct.first[order]]),
+        torch.from_numpy(distinct.weight[order]),
+        torch.arange(n_rows) % n_folds,
+        min(n_estimators, n_folds),
+    )
+    return data, np.where(distinct.kind >= 0, np.argsort(order)[distinct.kind], -1)
 
 
 def _merge_equal_rows(X: np.ndarray, weight: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

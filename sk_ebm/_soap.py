@@ -5,8 +5,6 @@ from typing import Any
 
 import torch
 
-# With fewer rows, energies over-fit sooner than they learn more.
-MIN_ROWS_FOR_SOAP = 4000
 # Steps after which the directions are found anew; they change fast at first.
 _STEPS_PER_TURN, _FIRST_TURNS = 40, (1, 2, 5, 10)
 

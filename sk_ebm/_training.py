@@ -43,9 +43,10 @@ SCALES = (1.0, 0.75, 0.5, 0.25)
 MAX_JUDGED_ROWS = 20_000
 _ROUNDS_BEFORE_BACKING_OFF = 4
 _MAX_ROUNDS_AT_GATE = 20
-# What is still to come after a quarter of the iterations, in shares of what they have gained: a fifth at most where it
-# earned a base a share. A base that would trail another even so is not worth the rest of them.
-_STILL_TO_COME = 0.3
+# What is still to come after some of the iterations, in shares of what they have gained: a quarter at most where it
+# earned a base a share. A base that would trail another even so is not worth the rest of them. With SOAP, whose rate
+# rises for longer, iterations are fewer and it takes a larger share of them to tell.
+_STILL_TO_COME, _LOOKS_AHEAD_AFTER, _LOOKS_AHEAD_AFTER_WITH_SOAP = 0.3, 0.25, 0.375
 # Times `tol`, or what may come by chance, that energies must have gained by the time that a first gain is due: those on
 # a base that fits may add a thousandth of a nat soon, and nothing more in all the iterations that they would go on for.
 _FIRST_GAIN_OF_TOL, _FIRST_GAIN_OF_CHANCE = 3.0, 1.5
@@ -166,7 +167,7 @@ class Monitor:
         return Outcome.SAMPLER_TOO_WEAK if self._uncovered >= patience else Outcome.CONVERGED
 
     def promise(self) -> float:
-        """Return the score (nats) that may be reached in the end, as seen from a quarter of the way."""
+        """Return the score (nats) that may be reached in the end, as seen from where training looks ahead."""
         return self.best_score + self.settings.tol + _STILL_TO_COME * self.gain()
 
     def gain(self) -> float:
@@ -221,7 +222,8 @@ def train(
     outcome = Outcome.STOPPED if group.from_first(lambda: report(check, state.snapshot)) else None
     if outcome is None and settings.max_iter == 0:
         outcome = Outcome.UNTRAINED
-    quarter = max(settings.max_iter // 4, settings.validate_every)
+    share = _LOOKS_AHEAD_AFTER_WITH_SOAP if settings.soap else _LOOKS_AHEAD_AFTER
+    looks_ahead_at = max(int(share * settings.max_iter), settings.validate_every)
     try:
         while outcome is None:
             pool = state.propose()
@@ -245,7 +247,7 @@ def train(
                     outcome = Outcome.STOPPED
                     break
             outcome = monitor.reason_to_stop()
-            if settings.early_stopping and n_iter == quarter and monitor.promise() < rival_score:
+            if settings.early_stopping and n_iter == looks_ahead_at and monitor.promise() < rival_score:
                 outcome = Outcome.LEFT_BEHIND
             elif rounds_at_gate >= _MAX_ROUNDS_AT_GATE:
                 outcome = Outcome.SAMPLER_TOO_WEAK

@@ -10,7 +10,7 @@ import torch
 from sklearn.datasets import load_iris
 from torch import nn
 
-from sk_ebm import EBMFlowDensity, LowEffectiveSampleSizeWarning, TrainingWarning
+from sk_ebm import EBMFlowDensity, LowEffectiveSampleSizeWarning, TrainingWarning, _density
 from sk_ebm._base_flows import Lead
 from sk_ebm._training import Outcome
 
@@ -476,6 +476,14 @@ def test_warm_start_goes_on_from_the_previous_fit():
         model.fit(X[:, :1])
     with pytest.raises(ValueError, match="n_estimators changed"):
         model.set_params(n_estimators=3).fit(X)
+
+
+def test_warm_start_goes_on_with_as_many_energies_when_rows_have_become_many(monkeypatch):
+    model = quick(n_estimators="auto", warm_start=True, max_iter=1).fit(two_clusters(60, 2))
+    monkeypatch.setattr(_density, "MANY_ROWS", 100)
+    model.fit(two_clusters(120, 2))
+    assert len(model.density_.ensembles[0]) == 6
+    assert len(model.set_params(warm_start=False).fit(two_clusters(120, 2)).density_.ensembles[0]) == 4
 
 
 def test_warm_start_takes_hidden_layer_sizes_of_any_kind():

@@ -5,11 +5,12 @@ import pytest
 import torch
 
 from sk_ebm import _rows
-from sk_ebm._rows import deal_to_folds
+from sk_ebm._rows import deal_to_folds, find_distinct_rows
 
 
 def deal(X, weight=None, seed=0):
-    return deal_to_folds(np.asarray(X), weight, 0.25, 4, torch.Generator().manual_seed(seed))[0]
+    X = np.asarray(X)
+    return deal_to_folds(X, find_distinct_rows(X, weight), 0.25, 4, torch.Generator().manual_seed(seed))[0]
 
 
 @pytest.fixture
@@ -60,6 +61,6 @@ def test_weights_are_repetitions(X):
 def test_every_row_is_found_again(X):
     X, weight = np.concatenate([X, X[:50]]), np.ones(250)
     weight[[3, 60]] = 0
-    data, position = deal_to_folds(X, weight, 0.25, 4, torch.Generator())
+    data, position = deal_to_folds(X, find_distinct_rows(X, weight), 0.25, 4, torch.Generator())
     assert (position[[3, 60]] == -1).all()
     np.testing.assert_array_equal(data.rows.numpy()[position[weight > 0]], X[weight > 0])

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from sk_ebm import EBMFlowDensity, _density
-from sk_ebm._soap import MIN_ROWS_FOR_SOAP, SOAP
+from sk_ebm._density import MANY_ROWS
+from sk_ebm._soap import SOAP
 from sk_ebm._training import _descend
 
 OPTIONS = {"lr": 0.01, "weight_decay": 0.1, "betas": (0.9, 0.98)}
@@ -129,17 +130,27 @@ def test_a_gradient_that_is_no_number_takes_no_step_and_leaves_no_trace(value):
 
 
 @pytest.mark.parametrize(
-    ("n_rows", "energy", "is_used"),
-    [(MIN_ROWS_FOR_SOAP - 1, None, False), (MIN_ROWS_FOR_SOAP, None, True), (MIN_ROWS_FOR_SOAP, nn.Linear, False)],
+    ("n_rows", "parameters", "is_used", "max_iter", "n_members"),
+    [
+        (MANY_ROWS - 1, {}, False, 120, 6),
+        (MANY_ROWS, {}, True, 80, 4),
+        (MANY_ROWS, {"energy": nn.Linear}, False, 120, 4),
+        (MANY_ROWS, {"max_iter": 7, "n_estimators": 3}, True, 7, 3),
+    ],
 )
-def test_it_fits_the_default_energy_where_rows_are_many(n_rows, energy, is_used, rng, monkeypatch):
+def test_it_fits_fewer_default_energies_in_fewer_iterations_where_rows_are_many(
+    n_rows, parameters, is_used, max_iter, n_members, rng, monkeypatch
+):
     class Started(Exception):
         pass
 
     def start(data, settings, *others):
         assert settings.train.soap is is_used
+        assert settings.train.max_iter == max_iter
+        assert data.n_members == n_members
         raise Started
 
     monkeypatch.setattr(_density, "fit_model", start)
+    # Every row twice: only different ones count.
     with pytest.raises(Started):
-        EBMFlowDensity(energy=energy).fit(rng.normal(size=(n_rows, 1)))
+        EBMFlowDensity(**parameters).fit(rng.normal(size=(n_rows, 1)).repeat(2, axis=0))
