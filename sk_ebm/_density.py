@@ -55,10 +55,10 @@ _MODEL_PARAMETERS = (
 )
 _TRUSTED_EFFECTIVE_SAMPLE_SIZE = 0.01
 # From so many rows on SOAP fits the default energies, which over-fit sooner than they learn more with fewer. It needs
-# fewer iterations, and what rows teach varies less, so averaging fewer energies does.
+# fewer iterations at first, and what rows teach varies less, so averaging fewer energies does.
 MANY_ROWS = 4000
 _N_ESTIMATORS, _N_ESTIMATORS_OF_MANY_ROWS = 6, 4
-_MAX_ITER, _MAX_ITER_OF_SOAP = 120, 80
+_MAX_ITER, _MAX_ITER_OF_SOAP_PER_ROOT = 120, 10
 
 
 class LowEffectiveSampleSizeWarning(UserWarning):
@@ -110,8 +110,8 @@ class EBMFlowDensity(Versioned, CallbackSupportMixin, DensityMixin, BaseEstimato
     flow : {"spline", "affine"}, default="spline"
         Coupling flow; "affine" is faster and less accurate.
     max_iter : "auto" or int, default="auto"
-        Most iterations of training; each moves the chains and takes 16 gradient steps. "auto" is 120, and 80 where
-        SOAP fits the energies (see `learning_rate`).
+        Most iterations of training; each moves the chains and takes 16 gradient steps. "auto" is 120; where
+        SOAP fits the energies (see `learning_rate`), ten times the fourth root of the number of rows if that is less.
     learning_rate : "auto" or float, default="auto"
         Peak learning rate of the energies; "auto" is 0.006 up to two features and falls with the square root of
         their number beyond. From 4000 rows on SOAP (Vyas et al. 2024) fits the default energy, not AdamW, and its
@@ -583,7 +583,8 @@ class EBMFlowDensity(Versioned, CallbackSupportMixin, DensityMixin, BaseEstimato
     def _max_iter(self, n_rows: int) -> int:
         if not isinstance(self.max_iter, str):
             return self.max_iter
-        return _MAX_ITER_OF_SOAP if self._uses_soap(n_rows) else _MAX_ITER
+        of_soap = round(_MAX_ITER_OF_SOAP_PER_ROOT * n_rows**0.25)
+        return min(of_soap, _MAX_ITER) if self._uses_soap(n_rows) else _MAX_ITER
 
     def _uses_soap(self, n_rows: int) -> bool:
         return self.energy is None and n_rows >= MANY_ROWS

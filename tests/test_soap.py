@@ -134,6 +134,8 @@ def test_a_gradient_that_is_no_number_takes_no_step_and_leaves_no_trace(value):
     [
         (MANY_ROWS - 1, {}, False, 120, 6),
         (MANY_ROWS, {}, True, 80, 4),
+        (10_000, {}, True, 100, 4),
+        (30_000, {}, True, 120, 4),
         (MANY_ROWS, {"energy": nn.Linear}, False, 120, 4),
         (MANY_ROWS, {"max_iter": 7, "n_estimators": 3}, True, 7, 3),
     ],
