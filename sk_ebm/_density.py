@@ -508,15 +508,15 @@ class EBMFlowDensity(Versioned, CallbackSupportMixin, DensityMixin, BaseEstimato
         self, X: np.ndarray, distinct: DistinctRows, n_rows: int, previous: FittedModel | None
     ) -> tuple[Folds, np.ndarray]:
         """Deal the rows to folds, in the same way whenever the seed of the folds is the same."""
+        n_before = None if previous is None else len(previous.candidates[0].model)
         n_estimators = self.n_estimators
         if isinstance(n_estimators, str):
-            n_estimators = _N_ESTIMATORS if n_rows < MANY_ROWS else _N_ESTIMATORS_OF_MANY_ROWS
-            n_estimators = n_estimators if previous is None else len(previous.candidates[0].model)
+            n_estimators = n_before or (_N_ESTIMATORS if n_rows < MANY_ROWS else _N_ESTIMATORS_OF_MANY_ROWS)
         generator = torch.Generator().manual_seed(self._fold_seed)
         data, position = deal_to_folds(X, distinct, self.validation_fraction, n_estimators, generator)
-        if previous is not None and data.n_members != len(previous.candidates[0].model):
+        if n_before not in (None, data.n_members):
             raise ValueError(
-                f"warm_start goes on with the {len(previous.candidates[0].model)} energies of the previous fit, but "
+                f"warm_start goes on with the {n_before} energies of the previous fit, but "
                 f"{len(data.rows)} different rows are enough for {data.n_members}. Use the same X, or set "
                 "warm_start=False."
             )

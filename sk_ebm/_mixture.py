@@ -21,8 +21,8 @@ _LOST_COUNT = 1e-3
 _MAX_FEATURE_VALUES = 20_000_000
 # What is held at once for every component of every mixture: few enough values to stay in the cache of a processor.
 _MAX_VALUES = 2**17
-# What a step of EM has to evaluate at least (rows times components of all mixtures) for it to save time to leave out the
-# mixtures that have stopped climbing.
+# Rows times components of all mixtures, from which on it saves time to leave out of a step of EM the mixtures that have
+# stopped climbing.
 _MIN_VALUES_TO_LEAVE_OUT = 1_500_000
 # Rows that starts are compared on: with more of them, what matters is the number of rows that EM ends with.
 MAX_START_ROWS = 8000
