@@ -55,10 +55,10 @@ _MODEL_PARAMETERS = (
 )
 _TRUSTED_EFFECTIVE_SAMPLE_SIZE = 0.01
 # From so many rows on SOAP fits the default energies, which over-fit sooner than they learn more with fewer. It needs
-# fewer iterations at first, and what rows teach varies less, so averaging fewer energies does.
-MANY_ROWS = 4000
-_N_ESTIMATORS, _N_ESTIMATORS_OF_MANY_ROWS = 6, 4
-_MAX_ITER, _MAX_ITER_OF_SOAP_PER_ROOT = 120, 10
+# fewer iterations at first.
+MANY_ROWS, _MAX_ITER, _MAX_ITER_OF_SOAP_PER_ROOT = 4000, 120, 10
+# Up to so many rows what more energies would still gain is less than the noise of a fit.
+VERY_MANY_ROWS, _N_ESTIMATORS, _N_ESTIMATORS_OF_MANY_ROWS = 10_000, 6, 4
 
 
 class LowEffectiveSampleSizeWarning(UserWarning):
@@ -106,7 +106,7 @@ class EBMFlowDensity(Versioned, CallbackSupportMixin, DensityMixin, BaseEstimato
         Hidden layers of the default energy; "auto" takes three layers that widen slowly with the number of rows.
     n_estimators : "auto" or int, default="auto"
         Number of energies per base; each holds out another fold of the rows, and the energies are averaged. "auto" is
-        6, and 4 from 4000 rows on.
+        6, and 4 from 4000 to 9999 rows, where they do nearly as well in two thirds of the time.
     flow : {"spline", "affine"}, default="spline"
         Coupling flow; "affine" is faster and less accurate.
     max_iter : "auto" or int, default="auto"
@@ -511,7 +511,8 @@ class EBMFlowDensity(Versioned, CallbackSupportMixin, DensityMixin, BaseEstimato
         n_before = None if previous is None else len(previous.candidates[0].model)
         n_estimators = self.n_estimators
         if isinstance(n_estimators, str):
-            n_estimators = n_before or (_N_ESTIMATORS if n_rows < MANY_ROWS else _N_ESTIMATORS_OF_MANY_ROWS)
+            default = _N_ESTIMATORS_OF_MANY_ROWS if MANY_ROWS <= n_rows < VERY_MANY_ROWS else _N_ESTIMATORS
+            n_estimators = n_before or default
         generator = torch.Generator().manual_seed(self._fold_seed)
         data, position = deal_to_folds(X, distinct, self.validation_fraction, n_estimators, generator)
         if n_before not in (None, data.n_members):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from sk_ebm import EBMFlowDensity, _density
-from sk_ebm._density import MANY_ROWS
+from sk_ebm._density import MANY_ROWS, VERY_MANY_ROWS
 from sk_ebm._soap import SOAP
 from sk_ebm._training import _descend
 
@@ -134,8 +134,9 @@ def test_a_gradient_that_is_no_number_takes_no_step_and_leaves_no_trace(value):
     [
         (MANY_ROWS - 1, {}, False, 120, 6),
         (MANY_ROWS, {}, True, 80, 4),
-        (10_000, {}, True, 100, 4),
-        (30_000, {}, True, 120, 4),
+        (VERY_MANY_ROWS - 1, {}, True, 100, 4),
+        (VERY_MANY_ROWS, {}, True, 100, 6),
+        (30_000, {}, True, 120, 6),
         (MANY_ROWS, {"energy": nn.Linear}, False, 120, 4),
         (MANY_ROWS, {"max_iter": 7, "n_estimators": 3}, True, 7, 3),
     ],
