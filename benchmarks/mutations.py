@@ -25,6 +25,7 @@ TESTS = {
     "_display": ["test_display.py"],
     "_soap": ["test_soap.py"],
     "_mixture_search": ["test_mixture_search.py"],
+    "_mixture": ["test_base.py"],
 }
 MUTATIONS = {
     "_kernels": [
@@ -66,6 +67,12 @@ MUTATIONS = {
         ("tighter if tighter.beats(chosen, _PROBABLY) else chosen", "chosen"),
         ("chosen = max(chosen, self.trial(", "chosen = min(chosen, self.trial("),
         ("k * _MIN_ROWS_PER_COMPONENT <= len(sample.rows)", "k <= 2"),
+    ],
+    "_mixture": [
+        ("leaves_out and not bool(climbs.all())", "False"),
+        ("climbing[climbs], moments[climbs]", "climbing[: climbs.sum()], moments[climbs]"),
+        ("whole[climbing] = part", "whole[: len(part)] = part"),
+        ("self.weight[climbs], self.total[climbs]", "self.weight[: climbs.sum()], self.total[climbs]"),
     ],
     "_log_normalizer": [
         ("(weight.shape[-1] * weight.square().sum(-1))", "weight.square().sum(-1)"),

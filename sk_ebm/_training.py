@@ -43,10 +43,10 @@ SCALES = (1.0, 0.75, 0.5, 0.25)
 MAX_JUDGED_ROWS = 20_000
 _ROUNDS_BEFORE_BACKING_OFF = 4
 _MAX_ROUNDS_AT_GATE = 20
-# What is still to come after some of the iterations, in shares of what they have gained: a quarter at most where it
-# earned a base a share. A base that would trail another even so is not worth the rest of them. With SOAP, whose rate
-# rises for longer, iterations are fewer and it takes a larger share of them to tell.
-_STILL_TO_COME, _LOOKS_AHEAD_AFTER, _LOOKS_AHEAD_AFTER_WITH_SOAP = 0.3, 0.25, 0.375
+# A share of the iterations, and what may still come after it at most, as a share of what has been gained: a base that
+# would trail another even so is not worth the rest of them. Where it earned a base a share, it was .2 with AdamW and
+# .34 with SOAP, whose rate rises for longer.
+_LOOK_AHEAD, _LOOK_AHEAD_WITH_SOAP = (0.25, 0.3), (0.375, 0.5)
 # Times `tol`, or what may come by chance, that energies must have gained by the time that a first gain is due: those on
 # a base that fits may add a thousandth of a nat soon, and nothing more in all the iterations that they would go on for.
 _FIRST_GAIN_OF_TOL, _FIRST_GAIN_OF_CHANCE = 3.0, 1.5
@@ -95,6 +95,10 @@ class TrainSettings:
     # The processes that train together, and how much a row of this one counts, 1 in the mean over processes.
     group: Group = ALONE
     data_share: float = 1.0
+
+    def look_ahead(self) -> tuple[float, float]:
+        """Return after which share of the iterations to look ahead, and how much may come then."""
+        return _LOOK_AHEAD_WITH_SOAP if self.soap else _LOOK_AHEAD
 
 
 class TrainResult(NamedTuple):
@@ -168,7 +172,7 @@ class Monitor:
 
     def promise(self) -> float:
         """Return the score (nats) that may be reached in the end, as seen from where training looks ahead."""
-        return self.best_score + self.settings.tol + _STILL_TO_COME * self.gain()
+        return self.best_score + self.settings.tol + self.settings.look_ahead()[1] * self.gain()
 
     def gain(self) -> float:
         """Return by how much (nats) the highest score beats the first one that counts, clearly or not."""
@@ -222,8 +226,7 @@ def train(
     outcome = Outcome.STOPPED if group.from_first(lambda: report(check, state.snapshot)) else None
     if outcome is None and settings.max_iter == 0:
         outcome = Outcome.UNTRAINED
-    share = _LOOKS_AHEAD_AFTER_WITH_SOAP if settings.soap else _LOOKS_AHEAD_AFTER
-    looks_ahead_at = max(int(share * settings.max_iter), settings.validate_every)
+    looks_ahead_at = max(int(settings.look_ahead()[0] * settings.max_iter), settings.validate_every)
     try:
         while outcome is None:
             pool = state.propose()
