@@ -54,10 +54,10 @@ _MODEL_PARAMETERS = (
     "validation_fraction",
 )
 _TRUSTED_EFFECTIVE_SAMPLE_SIZE = 0.01
-# From so many rows on SOAP fits the default energies, which over-fit sooner than they learn more with fewer. It needs
-# fewer iterations at first.
+# From so many rows on SOAP fits the default energies, which with fewer over-fit sooner than they learn more. It needs
+# fewer iterations, unless rows are very many.
 MANY_ROWS, _MAX_ITER, _MAX_ITER_OF_SOAP_PER_ROOT = 4000, 120, 10
-# Up to so many rows what more energies would still gain is less than the noise of a fit.
+# Between MANY_ROWS and so many, what more energies would still gain is less than the noise of a fit.
 VERY_MANY_ROWS, _N_ESTIMATORS, _N_ESTIMATORS_OF_MANY_ROWS = 10_000, 6, 4
 
 
@@ -106,7 +106,8 @@ class EBMFlowDensity(Versioned, CallbackSupportMixin, DensityMixin, BaseEstimato
         Hidden layers of the default energy; "auto" takes three layers that widen slowly with the number of rows.
     n_estimators : "auto" or int, default="auto"
         Number of energies per base; each holds out another fold of the rows, and the energies are averaged. "auto" is
-        6, and 4 from 4000 to 9999 rows, where they do nearly as well in two thirds of the time.
+        6, and 4 from 4000 to 9999 rows, where they do nearly as well in two thirds of the time; with `warm_start`, as
+        many as before.
     flow : {"spline", "affine"}, default="spline"
         Coupling flow; "affine" is faster and less accurate.
     max_iter : "auto" or int, default="auto"
@@ -616,14 +617,17 @@ class EBMFlowDensity(Versioned, CallbackSupportMixin, DensityMixin, BaseEstimato
             elsewhere = "" if self.device == "cpu" else f", or device='cpu' (now {self.device!r})"
             raise MemoryError(
                 f"Training ran out of memory. Try a smaller n_chains (now {self.n_chains}), batch_size (now "
-                f"{self.batch_size}), n_estimators (now {self.n_estimators}) or hidden_layer_sizes (now "
+                f"{self.batch_size}), n_estimators (now {self.n_estimators!r}) or hidden_layer_sizes (now "
                 f"{self.hidden_layer_sizes!r}){elsewhere}."
             ) from error
 
     def _warn(self) -> None:
         fraction = self.effective_sample_size_
         remedies = [
-            ((self.n_estimators, self.max_iter) != ("auto", "auto"), "the default n_estimators and max_iter"),
+            (
+                _is_below(self.n_estimators, _N_ESTIMATORS) or _is_below(self.max_iter, _MAX_ITER),
+                "the default n_estimators and max_iter",
+            ),
             (self.bounds is None, "bounds= where a feature has a limit"),
             (self.n_features_in_ > 2, "fewer features (for instance by PCA)"),
             (True, "another base than " + repr(self.base_["name"])),
@@ -654,6 +658,10 @@ class EBMFlowDensity(Versioned, CallbackSupportMixin, DensityMixin, BaseEstimato
                     TrainingWarning,
                     stacklevel=3,
                 )
+
+
+def _is_below(asked: str | int, default: int) -> bool:
+    return not isinstance(asked, str) and asked < default
 
 
 def _fitted_attributes(fitted: FittedModel, history: list[dict[str, Any]]) -> dict[str, Any]:

@@ -150,7 +150,8 @@ def fit_mixtures(
         Starts per mixture, of which the likeliest fit is kept: EM has local optima. With very many rows they are fitted
         to the first ones, and EM goes on from the likeliest with all.
     tol : float
-        EM stops when the mean log-likelihood (nats) of every fit gains less than this.
+        EM stops when the mean log-likelihood (nats) of every fit gains less than this; where a step is large, that of
+        each fit as soon as its own does.
     labels : tensor of shape (B * n_runs, n), default=None
         Components of the rows to start from, of the first `MAX_START_ROWS` if there are more, as `kmeans_labels` finds
         them; None finds them here.

@@ -226,7 +226,8 @@ def train(
     outcome = Outcome.STOPPED if group.from_first(lambda: report(check, state.snapshot)) else None
     if outcome is None and settings.max_iter == 0:
         outcome = Outcome.UNTRAINED
-    looks_ahead_at = max(int(settings.look_ahead()[0] * settings.max_iter), settings.validate_every)
+    n_checks_before = int(settings.look_ahead()[0] * settings.max_iter) // settings.validate_every
+    looks_ahead_at = max(1, n_checks_before) * settings.validate_every
     try:
         while outcome is None:
             pool = state.propose()
@@ -250,7 +251,9 @@ def train(
                     outcome = Outcome.STOPPED
                     break
             outcome = monitor.reason_to_stop()
-            if settings.early_stopping and n_iter == looks_ahead_at and monitor.promise() < rival_score:
+            # What gains nothing may end before that, and is left behind all the same.
+            looks_ahead = n_iter == looks_ahead_at or (outcome is Outcome.CONVERGED and n_iter < looks_ahead_at)
+            if settings.early_stopping and looks_ahead and monitor.promise() < rival_score:
                 outcome = Outcome.LEFT_BEHIND
             elif rounds_at_gate >= _MAX_ROUNDS_AT_GATE:
                 outcome = Outcome.SAMPLER_TOO_WEAK

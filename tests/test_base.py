@@ -147,11 +147,11 @@ def test_rows_beyond_those_that_starts_are_compared_on_count_as_much(name, monke
 def test_with_many_rows_a_mixture_that_has_stopped_climbing_stays_as_it_is(monkeypatch):
     monkeypatch.setattr(_mixture, "_MIN_VALUES_TO_LEAVE_OUT", 0)
     z, weight = clusters(), torch.rand(4, 300, generator=seeded(0)).double()
-    labels = kmeans_labels(z, weight, 8, seeded(1))
-    options = {"covariance_type": "full", "generator": seeded(2)}
+    labels = kmeans_labels(z, weight.repeat_interleave(2, 0), 8, seeded(1))
+    options = {"covariance_type": "full", "generator": seeded(2), "n_runs": 2}
     together = fit_mixtures(z, weight, 8, labels=labels, **options)
     for k, mixture in enumerate(together):
-        alone = fit_mixtures(z, weight[[k]], 8, labels=labels[[k]], **options)[0]
+        alone = fit_mixtures(z, weight[[k]], 8, labels=labels[2 * k : 2 * k + 2], **options)[0]
         torch.testing.assert_close(mixture.log_prob(z), alone.log_prob(z), rtol=0, atol=1e-9)
 
 

@@ -289,7 +289,7 @@ def test_low_effective_sample_size_warns_with_the_remedy(monkeypatch):
     # Energies so steep are scaled down otherwise.
     monkeypatch.setattr("sk_ebm._fitting._SCALES", (1.0,))
     monkeypatch.setattr("sk_ebm._fitting._MAX_DRAWS", 20_000)
-    with pytest.warns(LowEffectiveSampleSizeWarning, match="effective sample size.*Try"):
+    with pytest.warns(LowEffectiveSampleSizeWarning, match="effective sample size.*Try the default n_estimators"):
         quick(energy=SteepEnergy, max_iter=1, flow="affine").fit(two_clusters(100, 50))
 
 

@@ -159,11 +159,12 @@ def test_a_first_gain_is_due_only_once_scores_count():
     assert stops == [None, None, None, None, Outcome.CONVERGED]
 
 
-def test_a_base_that_gains_fast_is_given_more_time():
-    monitor = Monitor(settings(tol=0.0))
+@pytest.mark.parametrize(("soap", "promise"), [(False, -0.7), (True, -0.5)])
+def test_a_base_that_gains_fast_is_given_more_time(soap, promise):
+    monitor = Monitor(settings(tol=0.0, soap=soap))
     for iteration, score in enumerate([-2.0, -1.0]):
         monitor.record(check(iteration, score), lambda: None)
-    assert -1.0 < monitor.promise() < -0.5
+    assert monitor.promise() == pytest.approx(promise)
 
 
 def test_monitor_keeps_the_start_unless_energies_beat_it_clearly():
@@ -207,11 +208,22 @@ def test_nothing_but_uncertain_scores_is_no_convergence():
     assert monitor.reason_to_stop() is Outcome.SAMPLER_TOO_WEAK
 
 
-def test_training_gives_up_a_base_that_trails_another_too_far():
+@pytest.mark.parametrize(("soap", "n_iter"), [(False, 6), (True, 9)])
+def test_training_gives_up_a_base_that_trails_another_too_far(soap, n_iter):
     model, flow, data, generator = problem()
-    result = train(model, flow, data, settings(max_iter=24), generator, rival_score=1e3)
+    result = train(model, flow, data, settings(max_iter=24, soap=soap, validate_every=1), generator, rival_score=1e3)
     assert result.outcome is Outcome.LEFT_BEHIND
-    assert result.n_iter == 6
+    assert result.n_iter == n_iter
+
+
+@pytest.mark.parametrize(("rival_score", "outcome"), [(1e3, Outcome.LEFT_BEHIND), (-1e3, Outcome.CONVERGED)])
+def test_a_base_that_gains_nothing_may_be_left_behind_sooner(rival_score, outcome):
+    model, flow, data, generator = problem()
+    checks = {"n_iter_no_change": 9, "n_iter_first_gain": 3, "validate_every": 1}
+    nothing = settings(max_iter=24, learning_rate=1e-9, **checks)
+    result = train(model, flow, data, nothing, generator, rival_score=rival_score)
+    assert result.outcome is outcome
+    assert result.n_iter == 3
 
 
 @pytest.mark.parametrize(("stop_at", "n_iter"), [(0, 0), (5, 5), (7, 7)])
