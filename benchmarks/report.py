@@ -29,8 +29,10 @@ class Cell:
 
     def __init__(self, rows: list[dict]) -> None:
         self.rows: dict[str, dict[int, dict]] = defaultdict(dict)
+        # Medians over other seeds than ours would be no comparison.
+        seeds = {row["seed"] for row in rows if row["model"] == OURS} or {row["seed"] for row in rows}
         for row in rows:
-            if _failure(row) is None:
+            if row["seed"] in seeds and _failure(row) is None:
                 self.rows[row["model"]][row["seed"]] = row
         self.name, self.n_train = rows[0]["name"], rows[0]["n_train"]
         self.is_known = any("kl" in row for row in rows)
