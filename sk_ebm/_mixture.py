@@ -217,14 +217,20 @@ class _BatchedEM:
             if not bool(climbs.any()):
                 break
             if leaves_out and not bool(climbs.all()):
+                self._put_into(parameters, climbing)
                 climbing, moments = climbing[climbs], moments[climbs]
                 self.weight, self.total = self.weight[climbs], self.total[climbs]
             self._maximise(moments)
-            for whole, part in zip(parameters, self.parameters(), strict=True):
-                whole[climbing] = part
-        self.weight, self.total = weight, total
-        self.log_proportions, self.means, self.scale_trils = parameters
+        if len(climbing) < len(weight):
+            self._put_into(parameters, climbing)
+            self.weight, self.total = weight, total
+            self.log_proportions, self.means, self.scale_trils = parameters
         return reached
+
+    def _put_into(self, parameters: list[torch.Tensor], climbing: torch.Tensor) -> None:
+        """Write the parameters of the mixtures that still climb to their places among those of all."""
+        for whole, part in zip(parameters, self.parameters(), strict=True):
+            whole[climbing] = part
 
     def _features(self, z: torch.Tensor) -> torch.Tensor:
         return torch.cat([z[:, self.row] * z[:, self.column], z, torch.ones_like(z[:, :1])], dim=1)
