@@ -24,6 +24,8 @@ TESTS = {
     "_sampler": ["test_sampler.py"],
     "_display": ["test_display.py"],
     "_soap": ["test_soap.py"],
+    "_independence": ["test_independence.py"],
+    "_selection": ["test_independence.py", "test_selection.py"],
     "_mixture_search": ["test_mixture_search.py"],
     "_mixture": ["test_base.py"],
 }
@@ -67,6 +69,20 @@ MUTATIONS = {
         ("tighter if tighter.beats(chosen, _PROBABLY) else chosen", "chosen"),
         ("chosen = max(chosen, self.trial(", "chosen = min(chosen, self.trial("),
         ("k * _MIN_ROWS_PER_COMPONENT <= len(sample.rows)", "k <= 2"),
+    ],
+    "_independence": [
+        ("of_parts).sum(0) + self.log_det", "of_parts).sum(0)"),
+        ("dim=1) @ self.inverse", "dim=1) @ self.matrix"),
+        ("(weight * is_in_bin) @", "is_in_bin @"),
+        ("n_tests * p_value", "p_value"),
+        ("n_tests * p_value < _SIGNIFICANCE", "n_tests * p_value < 1e-60"),
+        ("rank = (weight_of_value.cumsum(0) - 0.5 * weight_of_value)", "rank = weight_of_value.cumsum(0)"),
+        (
+            "label, before = torch.where(is_linked, label, d).amin(1), label",
+            "label = torch.where(is_linked, label, d).amin(1); break",
+        ),
+        ("n_bins = max(_MIN_BINS, n_bins)", "n_bins = 8"),
+        (", _MAX_BINS_OF_ALL // d)", ")"),
     ],
     "_mixture": [
         ("leaves_out and not bool(climbs.all())", "False"),

@@ -77,11 +77,14 @@ class Mixture(Density):
         """Return the normalised log density (nats) of each row, shape (n,)."""
         return self.component_log_prob(z).logsumexp(0)
 
+    def pushed_forward(self, matrix: torch.Tensor) -> "Mixture":
+        """Return the density of ``z @ matrix``, which may have fewer features than z."""
+        factors = matrix.T @ self.scale_trils
+        return Mixture(self.log_proportions, self.means @ matrix, cholesky(factors @ factors.mT))
+
     def pulled_back(self, matrix: torch.Tensor) -> "Mixture":
         """Return the density of z when this one is the density of ``z @ matrix``."""
-        inverse = torch.linalg.inv(matrix)
-        factors = inverse.T @ self.scale_trils
-        return Mixture(self.log_proportions, self.means @ inverse, cholesky(factors @ factors.mT))
+        return self.pushed_forward(torch.linalg.inv(matrix))
 
     def sample(self, n_samples: int, generator: torch.Generator) -> torch.Tensor:
         """Draw `n_samples` rows."""

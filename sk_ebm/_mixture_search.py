@@ -50,17 +50,37 @@ _MIN_ROWS_OF_CROWDED, _MIN_GAIN_OF_CROWDED = 3, 0.1
 _FINAL_RUNS, _RUNS_OF_FEW, _FEW_COMPONENTS = 3, 3, 8
 
 
-def search_mixture(data: Folds, feature_map: FeatureMap, generator: torch.Generator) -> Bases:
+class Coordinates(NamedTuple):
+    """What rows z are: ``z @ standardised`` are standardised features, or their normal scores.
+
+    Of standardised features, `scale` is the scale of each in the user's units.
+    """
+
+    standardised: torch.Tensor
+    scale: torch.Tensor | None
+
+    @classmethod
+    def of(cls, feature_map: FeatureMap) -> "Coordinates":
+        """Return what the rows are that the feature map returns."""
+        return cls(feature_map.unwhitener, None if feature_map.margins else feature_map.scale)
+
+    def of_features(self, features: torch.Tensor) -> "Coordinates":
+        """Return what these columns of ``z @ standardised`` are."""
+        identity = torch.eye(len(features), dtype=self.standardised.dtype, device=self.standardised.device)
+        return Coordinates(identity, None if self.scale is None else self.scale[features])
+
+
+def search_mixture(data: Folds, coordinates: Coordinates, generator: torch.Generator) -> Bases:
     """Cross-fit the best Gaussian mixture, and mix it with others where held-out rows ask for them.
 
     These are the best one that may be narrow, where values repeat, and the best one of many small clusters, where rows
     are few.
     """
-    shapes = _shapes(feature_map)
+    shapes = _shapes(coordinates)
     # What is mostly left out draws numbers of its own, so that it leaves no trace.
     own_generator = torch.Generator().set_state(generator.get_state())
     parts = [_cross_fit_best(data, shapes, generator)]
-    if shapes_at_atoms := _shapes_at_atoms(feature_map, data.rows):
+    if shapes_at_atoms := _shapes_at_atoms(coordinates.standardised, data.rows):
         narrow = _cross_fit_best(data, shapes_at_atoms, generator)
         parts = [*parts, narrow] if _held_out_shares([*parts, narrow], data)[1] >= _MIN_SHARE_AT_ATOMS else parts
     without = _mixed(parts, data)
@@ -298,25 +318,24 @@ def _most_to_come(scores: Sequence[float], sizes: Sequence[int]) -> float:
     return scores[-1] + 2 * n_doublings * max(scores[-1] - scores[-3], 0.0)
 
 
-def _shapes(feature_map: FeatureMap) -> list[_Settings]:
+def _shapes(coordinates: Coordinates) -> list[_Settings]:
     """Return the shapes of a covariance worth trying, in the coordinates in which they are.
 
     "Spherical" means something else in the user's units than in standardised ones, whose scales are parameters that
     the data have fixed.
     """
-    standardised = feature_map.unwhitener
+    standardised, scale = coordinates
     d = len(standardised)
     types = COVARIANCE_TYPES if d > 1 else ("full", "tied")
     shapes = [_Settings(standardised, covariance_type, PRIOR_COUNT, d - 1) for covariance_type in types]
-    if d > 1 and feature_map.margins is None:
-        users_units = standardised * (feature_map.scale / feature_map.scale.log().mean().exp())
+    if d > 1 and scale is not None:
+        users_units = standardised * (scale / scale.log().mean().exp())
         shapes += [_Settings(users_units, name, PRIOR_COUNT, 0) for name in ("spherical", "tied_spherical")]
     return shapes
 
 
-def _shapes_at_atoms(feature_map: FeatureMap, z: torch.Tensor) -> list[_Settings]:
+def _shapes_at_atoms(standardised: torch.Tensor, z: torch.Tensor) -> list[_Settings]:
     """Return the shapes of a covariance that may be narrow, if many rows share the value of a feature."""
-    standardised = feature_map.unwhitener
     # Rounded, because z has gone there and back.
     values = (1e8 * (z @ standardised)).round()
     n_rows = max(int(torch.unique(column, return_counts=True)[1].max()) for column in values.T)

@@ -11,6 +11,7 @@ from sklearn.mixture import GaussianMixture
 from sk_ebm import _mixture_search
 from sk_ebm._mixture import fit_gaussian, mixture_of_mixtures
 from sk_ebm._mixture_search import (
+    Coordinates,
     _cross_fit_crowded,
     _halfway_down,
     _most_to_come,
@@ -25,7 +26,7 @@ def search(data):
     """Return the bases found for whitened rows, and the map that whitens."""
     feature_map = fit_feature_map(data.rows, data.weight, use_margins=False)
     z = data.with_rows(feature_map(data.rows)[0])
-    return search_mixture(z, feature_map, torch.Generator().manual_seed(0)), feature_map
+    return search_mixture(z, Coordinates.of(feature_map), torch.Generator().manual_seed(0)), feature_map
 
 
 def score(X, fresh):
@@ -154,7 +155,7 @@ def test_values_that_repeat_get_narrow_components(rng, monkeypatch):
 
 def test_values_that_do_not_repeat_get_no_narrow_components(rng):
     data = folds(rng.normal(size=(300, 2)))
-    assert not _shapes_at_atoms(fit_feature_map(data.rows, data.weight, use_margins=False), data.rows)
+    assert not _shapes_at_atoms(standardising(data).standardised, data.rows)
 
 
 def test_many_small_clusters_are_found_in_few_rows(rng, monkeypatch):
@@ -182,14 +183,18 @@ def test_small_clusters_that_are_not_there_leave_no_trace(rng, monkeypatch):
 
 def search_mixture_of(data, generator):
     """Return the bases found for rows as they are."""
-    return search_mixture(data, fit_feature_map(data.rows, data.weight, use_margins=False), generator)
+    return search_mixture(data, standardising(data), generator)
+
+
+def standardising(data):
+    """Return what rows are that have been whitened already."""
+    return Coordinates.of(fit_feature_map(data.rows, data.weight, use_margins=False))
 
 
 def test_small_clusters_are_not_tried_where_rows_are_many(rng, monkeypatch):
     monkeypatch.setattr(_mixture_search, "_N_COMPONENTS", (1, 2, 3))
     data = folds(rng.normal(size=(100, 2)))
-    feature_map = fit_feature_map(data.rows, data.weight, use_margins=False)
-    assert _cross_fit_crowded(data, _shapes(feature_map), torch.Generator()) is None
+    assert _cross_fit_crowded(data, _shapes(standardising(data)), torch.Generator()) is None
 
 
 def test_a_mixture_of_mixtures_is_one(rng):
