@@ -25,6 +25,7 @@ TESTS = {
     "_display": ["test_display.py"],
     "_soap": ["test_soap.py"],
     "_independence": ["test_independence.py"],
+    "_kernel_density": ["test_kernel_density.py"],
     "_selection": ["test_independence.py", "test_selection.py"],
     "_mixture_search": ["test_mixture_search.py"],
     "_mixture": ["test_base.py"],
@@ -69,6 +70,15 @@ MUTATIONS = {
         ("tighter if tighter.beats(chosen, _PROBABLY) else chosen", "chosen"),
         ("chosen = max(chosen, self.trial(", "chosen = min(chosen, self.trial("),
         ("k * _MIN_ROWS_PER_COMPONENT <= len(sample.rows)", "k <= 2"),
+    ],
+    "_kernel_density": [
+        ("(weight / weight.sum()).log()", "torch.zeros_like(weight)"),
+        ("log_share + log_det", "log_share"),
+        ("(center + noise) @ self.inverse", "center @ self.inverse"),
+        ("z[w > 0], w[w > 0]", "z, w + 1"),
+        ("frames = (standardised, torch.eye(len(standardised)).to(standardised))", "frames = (standardised,)"),
+        ("key=lambda bases: bases.score", "key=lambda bases: -bases.score"),
+        ("MAX_ROWS_OF_KERNELS = 640", "MAX_ROWS_OF_KERNELS = 10"),
     ],
     "_independence": [
         ("of_parts).sum(0) + self.log_det", "of_parts).sum(0)"),

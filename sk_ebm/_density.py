@@ -82,13 +82,14 @@ class EBMFlowDensity(Versioned, CallbackSupportMixin, DensityMixin, BaseEstimato
     Parameters
     ----------
     base : {"auto", "gaussian", "student_t", "mixture", "heavy_tailed_mixture", "flow"} or callable, default="auto"
-        Base density q_0. "mixture" is one of Gaussians; in "heavy_tailed_mixture" a Student t joins, so that a row far
-        from all others costs the logarithm of its distance, not the square. "auto" trains energies on a Gaussian and,
-        where it does better, on a heavy-tailed mixture, and mixes the results with the shares that make held-out rows
-        most likely; with three features or more, a base of flows with the same tails joins where mixing it in makes
-        held-out rows clearly more likely (0.05 nats per row). A function ``(z, weight) -> torch.nn.Module`` fits a base
-        of your own to whitened rows (n, n_features); the module needs ``log_prob(z)`` and ``sample(n_samples,
-        generator)``.
+        Base density q_0. "mixture" is one of Gaussians, or a product of such where groups of features are independent;
+        in "heavy_tailed_mixture" a Student t joins, so that a row far from all others costs the logarithm of its
+        distance, not the square. "auto" trains energies on a Gaussian and, where it does better, on a heavy-tailed
+        mixture, and mixes the results with the shares that make held-out rows most likely; with three features or
+        more, a base of flows with the same tails joins where mixing it in makes held-out rows clearly more likely (0.05
+        nats per row), and with fewer than 640 different rows a kernel density of them, "kernel_density" in `base_`,
+        where it makes them more likely at all. A function ``(z, weight) -> torch.nn.Module`` fits a base of your own to
+        whitened rows (n, n_features); the module needs ``log_prob(z)`` and ``sample(n_samples, generator)``.
     feature_map : {"auto", "standard", "marginal"}, default="auto"
         Map of the features before everything else: whitening, or normal scores of each feature and whitening.
         "auto" takes the normal scores where held-out rows become clearly more likely.
@@ -166,7 +167,7 @@ class EBMFlowDensity(Versioned, CallbackSupportMixin, DensityMixin, BaseEstimato
         Effective sample size of proposals of `proposal_` for the density, as a fraction of their number.
     acceptance_rate_ : dict
         Mean acceptance rates late in training: "local" of the Langevin moves, "flow" of the global moves. NaN where the
-        largest share is that of flows, on which no energies are trained unless `base` is "flow".
+        largest share is that of flows or kernels, on which no energies are trained unless `base` is "flow".
     history_ : list of dict
         One entry per validation check: "base", "iteration", "seconds", "train_log_likelihood" and
         "validation_log_likelihood" (nats per row, mean of the single energies, scaled down if that suits held-out

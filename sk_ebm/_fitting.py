@@ -25,6 +25,7 @@ from sk_ebm._energy import WhitenedEnergies
 from sk_ebm._flow import CouplingFlow
 from sk_ebm._flow_fitting import fit_flows
 from sk_ebm._folds import Folds, mixed_order
+from sk_ebm._kernel_density import MAX_ROWS_OF_KERNELS
 from sk_ebm._log_normalizer import (
     LogNormalizer,
     effective_sample_size,
@@ -42,9 +43,11 @@ from sk_ebm._sampler import (
 )
 from sk_ebm._selection import (
     HEAVY_TAILED,
+    KERNELS,
     FitBase,
     choose_feature_map,
     cross_fit_bases,
+    cross_fit_kernels_and_tails,
     max_fit_rows,
     name_of,
 )
@@ -161,8 +164,10 @@ def fit_model(
         trained = trainer.train_candidates(bases)
     else:
         trained = trainer.train_on(previous.candidates)
-    # Flows that left all others behind are nearly sure to be there in the end, but not quite.
-    candidates = [c for c in trained if c.result.outcome is not Outcome.LEFT_BEHIND] or trained
+    candidates = [c for c in trained if c.result.outcome is not Outcome.LEFT_BEHIND]
+    if all(c.name == KERNELS for c in candidates):
+        # Flows that left all others behind are nearly sure to be there in the end, but not quite.
+        candidates = trained
     left_behind = [c for c in trained if c.name not in {candidate.name for candidate in candidates}]
     candidates = trainer.temper(candidates)
     held_out, is_covered = trainer.held_out_log_prob(candidates)
@@ -269,6 +274,8 @@ class _Trainer:
         batch_size = self.settings.train.batch_size
         self._fit_flows([flow], [0], min(_FLOW_STEPS, self.n_energy_steps), batch_size, _FLOW_PATIENCE)
         candidates: list[Candidate] = []
+        # Kernels leave nothing for energies to learn: every row they are trained on is as likely as it can be.
+        kernels = bases.pop(KERNELS, None)
         asked, likeliest = name_of(self.settings.base), max(bases, key=lambda name: bases[name].score)
         base_flows = self._make_base_flows(flow, bases)
         rival_score = base_flows.rival_score(likeliest) if asked == "auto" else -math.inf
@@ -290,6 +297,8 @@ class _Trainer:
             return candidates
         if flows:
             candidates.append(self._start("flow", flows, flow))
+        if kernels:
+            candidates.append(self._start(KERNELS, kernels.members, flow))
         return candidates
 
     def train_on(self, previous: list[Candidate]) -> list[Candidate]:
@@ -332,8 +341,8 @@ class _Trainer:
         rival_score: float = -math.inf,
     ) -> Candidate:
         """Train copies of the model's energies and of the flow."""
-        if name == "flow" and self.settings.base == "auto":
-            # They would cost most there, and gain nothing: a user has to ask for them.
+        if name in ("flow", KERNELS) and self.settings.base == "auto":
+            # They would cost most on flows, and gain nothing on either: a user has to ask for them.
             settings = replace(settings, max_iter=0)
         model = copy.deepcopy(model).to(self.settings.device, torch.float32)
         flow = copy.deepcopy(flow).to(self.settings.device, torch.float32).requires_grad_(True)
@@ -499,6 +508,8 @@ def _feature_map_and_bases(
     else:
         feature_map = fit_feature_map(data.rows, data.weight, use_margins=settings.feature_map == "marginal")
         bases = cross_fit_bases(data, kinds, feature_map, generator)
+    if settings.base == "auto" and len(rows) < MAX_ROWS_OF_KERNELS:
+        bases[KERNELS] = cross_fit_kernels_and_tails(data, feature_map, bases[HEAVY_TAILED])
     feature_map.bounds = settings.bounds
     return feature_map, bases
 

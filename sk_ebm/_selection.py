@@ -10,6 +10,7 @@ from torch import nn
 from sk_ebm._bases import Bases, cross_fit, held_out_log_prob, member_log_prob
 from sk_ebm._folds import Folds
 from sk_ebm._independence import ProductDensity, independent_groups
+from sk_ebm._kernel_density import cross_fit_kernels
 from sk_ebm._mixture import MAX_START_ROWS, Mixture, fit_gaussian
 from sk_ebm._mixture_search import Coordinates, search_mixture
 from sk_ebm._stacking import DensityMixture, mean_and_std_error, shares_with_prior
@@ -24,6 +25,8 @@ _MAX_FIT_ROWS, _MAX_FIT_VALUES = 50_000, 1_000_000
 _HOPELESS = 0.5
 # What the mixture that a Student t joins is called.
 HEAVY_TAILED = "heavy_tailed_mixture"
+# And what kernels around rows are called, which it joins too.
+KERNELS = "kernel_density"
 
 
 # Fits a density to rows z (n, d) and their weights (n,), some of them zero.
@@ -69,6 +72,12 @@ def _cross_fit_mixture(
         ProductDensity(of_member, groups, coordinates.standardised) for of_member in zip(*factors, strict=True)
     ]
     return _mix_bases([mixture, Bases(products, data.held_out_mean(member_log_prob(products, data.rows)))], data)
+
+
+def cross_fit_kernels_and_tails(data: Folds, feature_map: FeatureMap, heavy_tailed: Bases) -> Bases:
+    """Cross-fit kernels around rows, mixed with bases that know tails: far from all rows, kernels do not."""
+    z = data.with_rows(feature_map(data.rows)[0])
+    return _mix_bases([cross_fit_kernels(z, feature_map.unwhitener), heavy_tailed], z)
 
 
 def _seem_independent(groups: Sequence[torch.Tensor], mixture: Bases, data: Folds, coordinates: Coordinates) -> bool:

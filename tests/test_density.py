@@ -603,6 +603,7 @@ def test_an_interrupt_before_training_leaves_the_previous_fit(monkeypatch):
 
 def test_flows_that_add_to_the_pool_join_without_energies_on_top(monkeypatch, capsys):
     monkeypatch.setattr("sk_ebm._fitting._MAX_DRAWS", 20_000)
+    monkeypatch.setattr("sk_ebm._fitting.MAX_ROWS_OF_KERNELS", 0)
     monkeypatch.setattr("sk_ebm._base_flows.BaseFlows._lead", lambda *arguments: Lead(1.0, 0.5))
     monkeypatch.setattr(
         "sk_ebm._fitting.stacking_shares", lambda held_out, *others: [0.0] * (len(held_out) - 1) + [1.0]
