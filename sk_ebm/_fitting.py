@@ -51,7 +51,7 @@ from sk_ebm._selection import (
     max_fit_rows,
     name_of,
 )
-from sk_ebm._stacking import DensityMixture, stacking_shares
+from sk_ebm._stacking import DensityMixture, gain_by_chance, stacking_shares
 from sk_ebm._support import FeatureMap, fit_feature_map
 from sk_ebm._training import (
     ENDED_BY_USER,
@@ -76,6 +76,8 @@ _KINDS: dict[str, tuple[str, ...]] = {
     "flow": ("gaussian",),
 }
 _STACKING_DRAWS = 20_000
+# Kernels take long to score, and what they add to single energies is more than they add to the average of these.
+_MIN_GAIN_OF_KERNELS = 0.05
 _SCALES = (*SCALES, 0.0)
 _CHUNK = 8192
 _MIN_DRAWS = 2 * _CHUNK
@@ -172,15 +174,23 @@ def fit_model(
     candidates = trainer.temper(candidates)
     held_out, is_covered = trainer.held_out_log_prob(candidates)
     of_judged, judged = trainer.of_judged(held_out), trainer.judged.weight.cpu().double()
-    # Heavy tails alone cost little, and one row in a thousand may need them.
-    is_cheap = torch.tensor([candidate.name == HEAVY_TAILED and candidate.model.is_flat for candidate in candidates])
-    tol = settings.train.tol
-    shares = group.from_first(lambda: stacking_shares(of_judged, judged, is_covered, is_cheap, tol))
+    # What is of no use seldom adds more than chance does.
+    tol = min(settings.train.tol, gain_by_chance(judged[of_judged.isfinite().all(0)]))
+    least_gain = [_least_gain(candidate, tol) for candidate in candidates]
+    shares = group.from_first(lambda: stacking_shares(of_judged, judged, is_covered, least_gain))
     share_of = {c.name: 0.0 for c in trained} | {c.name: share for c, share in zip(candidates, shares, strict=True)}
     candidates = [*candidates, *left_behind]
     fitted = group.from_first(lambda: _assemble(feature_map, candidates, share_of, log_det, generator, std_error))
     log_shares = torch.tensor(shares, dtype=torch.float64).log().unsqueeze(-1)
     return fitted, (log_shares + held_out).logsumexp(0) + log_det_rows
+
+
+def _least_gain(candidate: Candidate, tol: float) -> float:
+    """Return the nats per row that a candidate must add to a pool to join it, -inf where any share is welcome."""
+    if candidate.name == HEAVY_TAILED and candidate.model.is_flat:
+        # Heavy tails alone cost little, and one row in a thousand may need them.
+        return -math.inf
+    return _MIN_GAIN_OF_KERNELS if candidate.name == KERNELS else tol
 
 
 def _assemble(
@@ -342,7 +352,7 @@ class _Trainer:
     ) -> Candidate:
         """Train copies of the model's energies and of the flow."""
         if name in ("flow", KERNELS) and self.settings.base == "auto":
-            # They would cost most on flows, and gain nothing on either: a user has to ask for them.
+            # They would cost most on flows, unless a user asks for them, and gain nothing on either.
             settings = replace(settings, max_iter=0)
         model = copy.deepcopy(model).to(self.settings.device, torch.float32)
         flow = copy.deepcopy(flow).to(self.settings.device, torch.float32).requires_grad_(True)

@@ -13,6 +13,8 @@ _MAX_ROWS, _ROWS_PER_CELL, _MIN_BINS, _MAX_BINS, _MAX_BINS_OF_ALL = 8000, 8, 3, 
 # Probability that any two of features that are all independent seem to depend on each other: what few rows hardly show
 # is left to the rows held out.
 _SIGNIFICANCE = 0.001
+# Groups at most, or to treat each by itself would take long: the smallest are joined.
+_MAX_GROUPS = 16
 
 
 class ProductDensity(Density):
@@ -68,9 +70,11 @@ def independent_groups(rows: torch.Tensor, weight: torch.Tensor) -> list[torch.T
     Returns
     -------
     list of tensors
-        Numbers of the features in each group, ascending.
+        Numbers of the features in each group, ascending; the largest group comes first.
     """
     rows, weight = rows[:_MAX_ROWS], weight[:_MAX_ROWS]
+    # Uneven weights say less: they count for as many rows as would say as much.
+    weight = weight * (weight.sum() / weight.square().sum())
     d = rows.shape[1]
     n_bins = min(_MAX_BINS, math.isqrt(len(rows) // _ROWS_PER_CELL), _MAX_BINS_OF_ALL // d)
     n_bins = max(_MIN_BINS, n_bins)
@@ -90,7 +94,12 @@ def independent_groups(rows: torch.Tensor, weight: torch.Tensor) -> list[torch.T
     label, before = torch.arange(d, device=rows.device), None
     while before is None or bool((label != before).any()):
         label, before = torch.where(is_linked, label, d).amin(1), label
-    return [(label == number).nonzero().squeeze(-1) for number in label.unique()]
+    groups = [(label == number).nonzero().squeeze(-1) for number in label.unique()]
+    groups.sort(key=len, reverse=True)
+    rest = (
+        [torch.cat(groups[_MAX_GROUPS - 1 :]).sort().values] if len(groups) > _MAX_GROUPS else groups[_MAX_GROUPS - 1 :]
+    )
+    return [*groups[: _MAX_GROUPS - 1], *rest]
 
 
 def _is_in_bin(feature: torch.Tensor, weight: torch.Tensor, n_bins: int) -> torch.Tensor:

@@ -31,6 +31,8 @@ _MIN_COMPONENTS_TO_GIVE_UP = 16
 # Rows per member that the size and shape of a mixture are chosen on. Beyond them fewer members choose, on more rows:
 # how many components and which covariances rows support depends on how many there are.
 _MAX_SEARCH_ROWS = 3000
+# And values in these rows: with many features, what is chosen on fewer rows is fitted to all.
+_MAX_SEARCH_VALUES = 1_000_000
 # Standard errors of the paired difference within which two settings of a mixture count as equally good.
 _PARSIMONY = 0.5
 # Rows that the prior of each covariance counts for instead, one after the other, where that is better by so many
@@ -220,7 +222,7 @@ class _Search:
         self.generator = generator
         self.n_rows = len(data.rows)
         n_searched = _MAX_SEARCH_ROWS * data.n_members
-        sample = data.subset(n_searched)
+        sample = data.subset(min(n_searched, max(MAX_START_ROWS, _MAX_SEARCH_VALUES // data.rows.shape[1])))
         judges = slice(min(data.n_members, n_searched // len(sample.rows)))
         self.rows, self.train_weight = sample.rows, sample.train_weight()[judges]
         held_out_weight = sample.held_out_weight()[judges]
@@ -334,12 +336,17 @@ def _shapes(coordinates: Coordinates) -> list[_Settings]:
     return shapes
 
 
+def has_atoms(features: torch.Tensor) -> bool:
+    """Return whether many rows share the value of a feature."""
+    # Rounded, because they have been elsewhere and back.
+    values = (1e8 * features).round()
+    n_rows = max(int(torch.unique(column, return_counts=True)[1].max()) for column in values.T)
+    return n_rows >= max(_MIN_ROWS_OF_ATOM, _MIN_SHARE_OF_ATOM * len(features))
+
+
 def _shapes_at_atoms(standardised: torch.Tensor, z: torch.Tensor) -> list[_Settings]:
     """Return the shapes of a covariance that may be narrow, if many rows share the value of a feature."""
-    # Rounded, because z has gone there and back.
-    values = (1e8 * (z @ standardised)).round()
-    n_rows = max(int(torch.unique(column, return_counts=True)[1].max()) for column in values.T)
-    if n_rows < max(_MIN_ROWS_OF_ATOM, _MIN_SHARE_OF_ATOM * len(z)):
+    if not has_atoms(z @ standardised):
         return []
     d = len(standardised)
     types = ("full", "diag") if d > 1 else ("full",)

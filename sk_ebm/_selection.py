@@ -12,7 +12,7 @@ from sk_ebm._folds import Folds
 from sk_ebm._independence import ProductDensity, independent_groups
 from sk_ebm._kernel_density import cross_fit_kernels
 from sk_ebm._mixture import MAX_START_ROWS, Mixture, fit_gaussian
-from sk_ebm._mixture_search import Coordinates, search_mixture
+from sk_ebm._mixture_search import Coordinates, has_atoms, search_mixture
 from sk_ebm._stacking import DensityMixture, mean_and_std_error, shares_with_prior
 from sk_ebm._student_t import fit_student_t
 from sk_ebm._support import FeatureMap, fit_feature_map
@@ -20,7 +20,7 @@ from sk_ebm._types import Density
 
 # Rows, and values in them, that maps and bases are fitted to. A mixture of 48 components may lose .01 nats by having
 # 7000 rows instead of 17 000.
-_MAX_FIT_ROWS, _MAX_FIT_VALUES = 50_000, 1_000_000
+_MAX_FIT_ROWS, _MAX_FIT_VALUES = 50_000, 2_000_000
 # Nats by which a Gaussian on normal-score margins may trail the best plain base and still be worth a closer look.
 _HOPELESS = 0.5
 # What the mixture that a Student t joins is called.
@@ -33,19 +33,13 @@ KERNELS = "kernel_density"
 FitBase = Callable[[torch.Tensor, torch.Tensor], Density]
 
 
-def cross_fit_base(
-    base: str | FitBase,
-    data: Folds,
-    coordinates: Coordinates,
-    groups: Sequence[torch.Tensor],
-    generator: torch.Generator,
-) -> Bases:
+def cross_fit_base(base: str | FitBase, data: Folds, coordinates: Coordinates, generator: torch.Generator) -> Bases:
     """Cross-fit the base of that name, or one of the user's own, in z-space."""
     if base == "mixture":
-        return _cross_fit_mixture(data, coordinates, groups, generator)
+        return _cross_fit_mixture(data, coordinates, generator)
     if base == HEAVY_TAILED:
         parts = ("mixture", "student_t")
-        return _mix_bases([cross_fit_base(part, data, coordinates, groups, generator) for part in parts], data)
+        return _mix_bases([cross_fit_base(part, data, coordinates, generator) for part in parts], data)
     if base == "gaussian":
         return cross_fit(lambda z, weights: [fit_gaussian(z, weight) for weight in weights], data)
     if base == "student_t":
@@ -54,16 +48,18 @@ def cross_fit_base(
     return cross_fit(lambda z, weights: [_fit_own_base(base, z, weight) for weight in weights], data)
 
 
-def _cross_fit_mixture(
-    data: Folds, coordinates: Coordinates, groups: Sequence[torch.Tensor], generator: torch.Generator
-) -> Bases:
+def _cross_fit_mixture(data: Folds, coordinates: Coordinates, generator: torch.Generator) -> Bases:
     """Cross-fit the best mixture, mixed with a product of those of groups of features where these are independent."""
     # What is mostly left out draws numbers of its own, so that it leaves no trace.
     own_generator = torch.Generator().set_state(generator.get_state())
     mixture = search_mixture(data, coordinates, generator)
+    features = data.rows @ coordinates.standardised
+    if has_atoms(features):
+        # By itself, a feature whose values repeat would become spikes at these, worth any dependence on others.
+        return mixture
+    groups = independent_groups(features, data.weight)
     if len(groups) == 1 or not _seem_independent(groups, mixture, data, coordinates):
         return mixture
-    features = data.rows @ coordinates.standardised
     factors = [
         search_mixture(data.with_rows(features[:, group]), coordinates.of_features(group), own_generator).members
         for group in groups
@@ -153,8 +149,7 @@ def cross_fit_bases(
 ) -> dict[str, Bases]:
     """Cross-fit bases on the z of the given map."""
     z, coordinates = data.with_rows(feature_map(data.rows)[0]), Coordinates.of(feature_map)
-    groups = independent_groups(data.rows, data.weight)
-    return {name_of(kind): cross_fit_base(kind, z, coordinates, groups, generator) for kind in kinds}
+    return {name_of(kind): cross_fit_base(kind, z, coordinates, generator) for kind in kinds}
 
 
 def mean_log_det(data: Folds, feature_map: FeatureMap) -> float:

@@ -150,7 +150,7 @@ def gain_by_chance(weight: torch.Tensor) -> float:
 
 
 def stacking_shares(
-    held_out: torch.Tensor, weight: torch.Tensor, is_covered: torch.Tensor, is_cheap: torch.Tensor, tol: float
+    held_out: torch.Tensor, weight: torch.Tensor, is_covered: torch.Tensor, least_gain: Sequence[float]
 ) -> list[float]:
     """Return each candidate's share of a pool that makes rows most likely that no candidate has seen.
 
@@ -165,27 +165,25 @@ def stacking_shares(
         Non-negative row weights.
     is_covered : tensor of shape (C,)
         Whether the proposals cover the candidate.
-    is_cheap : tensor of shape (C,)
-        Whether the candidate takes so little time to score that any share is welcome.
-    tol : float
-        Nats per row that any other candidate must add to those that are kept, or fewer where rows are so many that
-        fewer cannot be chance.
+    least_gain : sequence of float
+        Nats per row that each candidate must add to the others; -inf for one that takes so little time to score that
+        any share is welcome.
     """
     kept = is_covered.nonzero().flatten().tolist() or list(range(len(held_out)))
     is_held_out = held_out[kept].isfinite().all(0)
     log_density, weight = held_out[:, is_held_out], weight[is_held_out]
-    tol = min(tol, gain_by_chance(weight))
 
     def score(kept: list[int]) -> float:
         log_shares = mixture_shares(log_density[kept], weight).log().unsqueeze(-1)
         return float(weight.double() @ (log_shares + log_density[kept].double()).logsumexp(0) / weight.double().sum())
 
     while len(kept) > 1:
-        without = [[j for j in kept if j != c] for c in kept if not is_cheap[c]]
-        best = max(without, key=score, default=kept)
-        if best == kept or score(kept) - score(best) >= tol:
+        whole = score(kept)
+        surplus = {c: whole - score([j for j in kept if j != c]) - least_gain[c] for c in kept}
+        worst = min(surplus, key=surplus.__getitem__)
+        if surplus[worst] >= 0:
             break
-        kept = best
+        kept.remove(worst)
     shares = torch.zeros(len(held_out), dtype=torch.float64)
     shares[kept] = shares_with_prior(log_density[kept], weight)
     return [float(share) for share in shares]

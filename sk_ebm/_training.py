@@ -59,7 +59,7 @@ class Outcome(enum.Enum):
     MAX_ITER = "max_iter was reached"
     STOPPED = "a callback stopped it"
     INTERRUPTED = "it was interrupted from the keyboard"
-    UNTRAINED = "the base that has the largest share needs no energies on top"
+    UNTRAINED = "flows and kernels need no energies on top"
     LEFT_BEHIND = "another base was too far ahead to catch up with"
     SAMPLER_TOO_WEAK = "the flow could no longer propose for the energy: the effective sample size stayed too low"
     NON_FINITE = "the loss became non-finite; the last good parameters were kept"

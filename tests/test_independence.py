@@ -9,7 +9,7 @@ import torch
 from helpers import folds, integral, normal, seeded
 from sklearn.datasets import make_moons
 
-from sk_ebm import EBMFlowDensity, _selection
+from sk_ebm import EBMFlowDensity, _independence, _selection
 from sk_ebm._independence import ProductDensity, independent_groups
 from sk_ebm._mixture import fit_gaussian
 from sk_ebm._mixture_search import Coordinates
@@ -112,6 +112,10 @@ def without_groups(monkeypatch):
     monkeypatch.setattr(_selection, "independent_groups", lambda rows, weight: [torch.arange(rows.shape[1])])
 
 
+def is_product(bases):
+    return any(isinstance(module, ProductDensity) for module in bases.members[0].modules())
+
+
 def test_independent_groups_make_the_mixture_a_product(monkeypatch):
     X = draw_moons(300, 3)
     with_groups, state = mixtures(X)
@@ -120,6 +124,15 @@ def test_independent_groups_make_the_mixture_a_product(monkeypatch):
     # Learnt jointly, three pairs of moons take the components of each to the third power.
     assert with_groups.score > plain.score + 0.5
     assert torch.equal(state, state_without)
+    assert is_product(with_groups) and not is_product(plain)
+
+
+def test_features_whose_values_repeat_stay_with_the_others():
+    X = draw_moons(300, 2)
+    assert is_product(mixtures(X)[0])
+    # Ten values each, of which a mixture of one feature would make spikes.
+    X[:, 0] = (3 * X[:, 0]).round()
+    assert not is_product(mixtures(X)[0])
 
 
 def draw_exclusive_or(n_rows, rng):
@@ -151,15 +164,34 @@ def test_margins_may_stand_between_features_and_groups(monkeypatch):
     assert with_groups.score > plain.score + 0.3
 
 
-def test_tables_of_bins_stay_small():
-    n_features = 784
+@pytest.mark.parametrize("n_features", [5, 300, 784])
+def test_tables_of_bins_stay_small(n_features, monkeypatch):
+    made = []
+    original = _independence._is_in_bin
+    monkeypatch.setattr(_independence, "_is_in_bin", lambda *arguments: made.append(original(*arguments)) or made[-1])
     rows = normal(max_fit_rows(n_features), n_features)
-    assert len(independent_groups(rows, torch.ones(len(rows)).double())) > 700
+    independent_groups(rows, torch.ones(len(rows)).double())
+    assert sum(len(bins) for bins in made) <= max(2000, 3 * n_features)
+    assert {bins.shape[1] for bins in made} == {8000}
+
+
+def test_of_many_groups_the_smallest_are_joined(rng):
+    X = np.concatenate([draw_moons(1000, 2), rng.normal(size=(1000, 30))], axis=1)
+    first, second, *singles, rest = groups_of(X)
+    assert [first, second] == [[0, 1], [2, 3]]
+    assert [len(group) for group in singles] == [1] * 13
+    assert rest == list(range(17, 34))
+
+
+def test_uneven_weights_say_as_much_as_fewer_rows(rng):
+    weight = np.exp(2 * rng.normal(size=1000))
+    assert len(groups_of(rng.normal(size=(1000, 6)), weight / weight.mean())) == 6
 
 
 def test_a_fitted_product_draws_scores_and_survives_pickling():
     X = 5 * draw_moons(200, 2) + 100
     density = EBMFlowDensity(n_estimators=2, max_iter=2, random_state=0).fit(X)
+    assert any(isinstance(module, ProductDensity) for module in density.density_.modules())
     draws = density.sample(2000, random_state=0)
     assert np.isfinite(density.score_samples(draws)).all()
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(density)).score_samples(X), density.score_samples(X))

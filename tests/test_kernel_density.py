@@ -1,5 +1,7 @@
 """Kernels around the training rows: a density like any other, and one that few rows have use for."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,8 @@ from sklearn.neighbors import KernelDensity
 
 from sk_ebm import EBMFlowDensity, _fitting
 from sk_ebm._kernel_density import MAX_ROWS_OF_KERNELS, GaussianKernels, cross_fit_kernels
+from sk_ebm._selection import cross_fit_bases, cross_fit_kernels_and_tails
+from sk_ebm._support import fit_feature_map
 
 FRAME = torch.tensor([[1.0, 0.4], [0.0, 0.5]]).double()
 
@@ -101,7 +105,14 @@ def test_a_warm_start_keeps_kernels_untrained(rng):
     assert {h["iteration"] for h in density.history_ if h["base"] == "kernel_density"} == {0}
 
 
-def test_a_row_far_from_all_kernels_costs_no_more_than_without_them(rng):
-    density = fit(draw_small_clusters(200, rng))
-    assert density.base_["shares"]["kernel_density"] > 0.3
-    assert density.score_samples([[1e4, 1e4]]) > -300
+def test_a_row_far_from_all_kernels_has_the_density_of_heavy_tails(rng):
+    data = folds(draw_small_clusters(200, rng))
+    feature_map = fit_feature_map(data.rows, data.weight, use_margins=False)
+    heavy_tailed = cross_fit_bases(data, ["heavy_tailed_mixture"], feature_map, seeded())["heavy_tailed_mixture"]
+    members = cross_fit_kernels_and_tails(data, feature_map, heavy_tailed).members
+    far, near = torch.tensor([[1e3, 1e3]]).double(), feature_map(data.rows[:1])[0]
+    for member, tails in zip(members, heavy_tailed.members, strict=True):
+        # Half a row of 201.
+        assert member.log_prob(far) > tails.log_prob(far) - math.log(402) - 0.01
+    # The first row is of the first fold, and the kernel at it belongs to the others.
+    assert members[1].log_prob(near) > heavy_tailed.members[1].log_prob(near) + 0.3

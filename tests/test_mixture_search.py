@@ -8,7 +8,7 @@ import torch
 from helpers import folds
 from sklearn.mixture import GaussianMixture
 
-from sk_ebm import _mixture_search
+from sk_ebm import _mixture, _mixture_search
 from sk_ebm._mixture import fit_gaussian, mixture_of_mixtures
 from sk_ebm._mixture_search import (
     Coordinates,
@@ -138,6 +138,23 @@ def test_many_rows_are_all_searched_by_fewer_members(rng, monkeypatch):
     *tried, (n_members, n_rows, n_components) = fitted_to
     assert {(b, n) for b, n, _ in tried} == {(1, 200)}
     assert (n_members, n_rows) == (4, 200) and n_components >= 8
+
+
+def test_with_many_features_what_fewer_rows_choose_is_fitted_to_all(rng, monkeypatch):
+    fitted_to = []
+    original = _mixture_search.fit_mixtures
+
+    def spy(z, weight, n_components, **options):
+        fitted_to.append(len(z))
+        return original(z, weight, n_components, **options)
+
+    monkeypatch.setattr(_mixture_search, "fit_mixtures", spy)
+    monkeypatch.setattr(_mixture, "MAX_START_ROWS", 50)
+    monkeypatch.setattr(_mixture_search, "MAX_START_ROWS", 50)
+    monkeypatch.setattr(_mixture_search, "_MAX_SEARCH_VALUES", 300)
+    monkeypatch.setattr(_mixture_search, "_cross_fit_crowded", lambda *arguments: None)
+    search(folds(rng.normal(size=(200, 3))))
+    assert set(fitted_to[:-1]) == {100} and fitted_to[-1] == 200
 
 
 def test_values_that_repeat_get_narrow_components(rng, monkeypatch):

@@ -105,7 +105,7 @@ def test_prior_counts_rows_of_equal_weight():
     assert float(shares_with_prior(log_density, weight)[1]) == pytest.approx(0.5 / 51)
 
 
-@pytest.mark.parametrize("n_features, n_rows", [(1, 50_000), (20, 50_000), (50, 20_000), (784, 8000)])
+@pytest.mark.parametrize("n_features, n_rows", [(1, 50_000), (40, 50_000), (100, 20_000), (784, 8000)])
 def test_bases_see_as_many_rows_as_time_and_memory_allow(n_features, n_rows):
     assert max_fit_rows(n_features) == n_rows
 

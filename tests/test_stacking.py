@@ -1,12 +1,14 @@
 """Stacking finds the mixture of candidates that makes held-out rows most likely."""
 
+import math
+
 import pytest
 import torch
 
-from sk_ebm._stacking import mixture_shares, shares_with_prior, stacking_shares
+from sk_ebm._stacking import gain_by_chance, mixture_shares, shares_with_prior, stacking_shares
 
-# Whether candidates are cheap, and the nats per row that one that is not must add.
-COSTLY, TOL = torch.tensor([False, False]), 1e-3
+# Nats per row that each candidate must add.
+TOL = 1e-3
 
 
 def log_normal(z, mean, scale=1.0):
@@ -64,8 +66,8 @@ def test_a_candidate_of_uncertain_normalizer_is_left_out_if_another_is_certain()
     z = torch.randn(500, generator=torch.Generator().manual_seed(3))
     flattered = torch.stack([log_normal(z, 0.0), log_normal(z, 0.0) + 5])
     flattered[:, :10] = torch.nan
-    assert stacking_shares(flattered, torch.ones(500), torch.tensor([True, False]), COSTLY, TOL) == [1, 0]
-    assert stacking_shares(flattered, torch.ones(500), torch.tensor([False, False]), COSTLY, TOL) == [0, 1]
+    assert stacking_shares(flattered, torch.ones(500), torch.tensor([True, False]), [TOL, TOL]) == [1, 0]
+    assert stacking_shares(flattered, torch.ones(500), torch.tensor([False, False]), [TOL, TOL]) == [0, 1]
 
 
 def test_a_candidate_that_adds_next_to_nothing_gets_no_share_unless_it_is_cheap():
@@ -75,10 +77,10 @@ def test_a_candidate_that_adds_next_to_nothing_gets_no_share_unless_it_is_cheap(
     held_out = torch.cat([log_normal(z, 0.0) + noise, log_normal(z, 8.0).unsqueeze(0)])
     weight, all_covered = torch.ones(2000), torch.tensor([True, True, True])
     assert mixture_shares(held_out, weight)[:2].min() > 0.1
-    shares = stacking_shares(held_out, weight, all_covered, torch.tensor([False, False, False]), TOL)
+    shares = stacking_shares(held_out, weight, all_covered, [TOL, TOL, TOL])
     assert sorted(shares) == [0, 0, 1]
     assert shares[2] == 0
-    shares = stacking_shares(held_out, weight, all_covered, torch.tensor([False, False, True]), TOL)
+    shares = stacking_shares(held_out, weight, all_covered, [TOL, TOL, -math.inf])
     assert 0 < shares[2] < 0.001
     assert 0 in shares
 
@@ -89,8 +91,9 @@ def test_what_is_next_to_nothing_in_a_thousand_rows_is_something_in_twenty_thous
     of_many = held_out.repeat(1, 20)
     log_shares = mixture_shares(held_out, torch.ones(1000)).log().unsqueeze(-1)
     assert 2 / 20_000 < ((held_out + log_shares).logsumexp(0) - held_out[0]).mean() < TOL
-    assert stacking_shares(held_out, torch.ones(1000), torch.tensor([True, True]), COSTLY, TOL) == [1, 0]
-    shares = stacking_shares(of_many, torch.ones(20_000), torch.tensor([True, True]), COSTLY, TOL)
+    assert stacking_shares(held_out, torch.ones(1000), torch.tensor([True, True]), [TOL, TOL]) == [1, 0]
+    chance = gain_by_chance(torch.ones(20_000))
+    shares = stacking_shares(of_many, torch.ones(20_000), torch.tensor([True, True]), [chance, chance])
     assert 0 < shares[1] < 0.2
 
 
@@ -109,7 +112,7 @@ def test_a_small_share_that_adds_much_is_kept():
     z = torch.randn(2000, generator=torch.Generator().manual_seed(4))
     z[:60] += 8
     held_out = torch.stack([log_normal(z, 0.0), log_normal(z, 8.0)])
-    shares = stacking_shares(held_out, torch.ones(2000), torch.tensor([True, True]), COSTLY, TOL)
+    shares = stacking_shares(held_out, torch.ones(2000), torch.tensor([True, True]), [TOL, TOL])
     assert 0.02 < shares[1] < 0.05
     assert sum(shares) == pytest.approx(1)
 
@@ -121,3 +124,13 @@ def test_a_density_that_no_row_asked_for_keeps_half_a_row():
     assert abs(float(shares[1]) - 0.5 / 101) < 1e-6
     mixed = torch.logaddexp(shares[0].log() + narrow, shares[1].log() + wide)
     assert float((narrow - mixed).mean()) < 1 / 100
+
+
+def test_each_candidate_must_add_as_much_as_is_asked_of_it():
+    z = torch.randn(2000, generator=torch.Generator().manual_seed(4))
+    z[:200] += 3
+    held_out, all_covered = torch.stack([log_normal(z, 0.0), log_normal(z, 3.0)]), torch.tensor([True, True])
+    assert stacking_shares(held_out, torch.ones(2000), all_covered, [TOL, TOL])[1] > 0.05
+    assert stacking_shares(held_out, torch.ones(2000), all_covered, [TOL, 1.0]) == [1, 0]
+    # The other way round as well, although the first alone is far better.
+    assert stacking_shares(held_out, torch.ones(2000), all_covered, [9.0, TOL]) == [0, 1]
