@@ -58,8 +58,17 @@ def test_values_that_repeat_tell_as_much_as_others(share, rng):
     assert groups_of(np.stack([is_first, rng.normal(size=1000) + 2 * is_first], axis=1)) == [[0, 1]]
 
 
+@pytest.mark.parametrize("weight", [[1.0] * 8, [5.0, 1, 1, 1, 1, 1, 1, 1]])
+def test_each_value_lies_in_one_bin_and_bins_hold_as_much_as_they_can(weight):
+    values = torch.tensor([3.0, 1, 1, 1, 2, 4, 5, 6]).double()
+    is_in_bin = _independence._is_in_bin(values, torch.tensor(weight).double(), 4)
+    assert (is_in_bin.sum(0) == 1).all()
+    bins = is_in_bin.argmax(0).tolist()
+    assert bins == ([2, 0, 0, 0, 1, 2, 3, 3] if weight[0] == 1 else [2, 0, 0, 0, 1, 3, 3, 3])
+
+
 def test_rows_without_weight_do_not_count(rng):
-    X = np.concatenate([rng.normal(size=(300, 2)), np.repeat(10 + rng.normal(size=(300, 1)), 2, axis=1)])
+    X = np.concatenate([rng.normal(size=(300, 2)), np.repeat(rng.normal(size=(300, 1)), 2, axis=1)])
     assert groups_of(X) == [[0, 1]]
     assert groups_of(X, np.repeat([1.0, 0.0], 300)) == [[0], [1]]
 
