@@ -71,6 +71,7 @@ def test_rows_without_weight_do_not_count(rng):
     X = np.concatenate([rng.normal(size=(300, 2)), np.repeat(rng.normal(size=(300, 1)), 2, axis=1)])
     assert groups_of(X) == [[0, 1]]
     assert groups_of(X, np.repeat([1.0, 0.0], 300)) == [[0], [1]]
+    assert groups_of(X, np.repeat([0.0, 1.0], 300)) == [[0, 1]]
 
 
 @pytest.mark.parametrize("shape", [(2, 3), (12, 500), (5, 1)])

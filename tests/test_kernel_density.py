@@ -64,6 +64,8 @@ def test_bandwidth_and_frame_are_the_likeliest_for_unseen_rows(rng):
         other = [GaussianKernels(data.rows[w > 0], w[w > 0], frame, width) for w in data.train_weight()]
         log_prob = torch.stack([member.log_prob(data.rows) for member in other])
         assert bases.score > data.held_out_mean(log_prob)
+    matrix = bases.members[0].matrix
+    torch.testing.assert_close(matrix, matrix[0, 0] * torch.eye(2).double())
 
 
 def draw_small_clusters(n_rows, rng):
