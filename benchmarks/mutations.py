@@ -26,7 +26,6 @@ TESTS = {
     "_soap": ["test_soap.py"],
     "_independence": ["test_independence.py"],
     "_kernel_density": ["test_kernel_density.py"],
-    "_selection": ["test_independence.py", "test_selection.py"],
     "_mixture_search": ["test_mixture_search.py"],
     "_mixture": ["test_base.py"],
 }

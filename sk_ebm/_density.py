@@ -87,8 +87,8 @@ class EBMFlowDensity(Versioned, CallbackSupportMixin, DensityMixin, BaseEstimato
         distance, not the square. "auto" trains energies on a Gaussian and, where it does better, on a heavy-tailed
         mixture, and mixes the results with the shares that make held-out rows most likely; with three features or
         more, a base of flows with the same tails joins where mixing it in makes held-out rows clearly more likely (0.05
-        nats per row), and with fewer than 640 different rows a kernel density of them, "kernel_density" in `base_`,
-        where it makes them more likely at all. A function ``(z, weight) -> torch.nn.Module`` fits a base of your own to
+        nats per row), and so does a kernel density of the rows, "kernel_density" in `base_`, with fewer than 640
+        different ones. A function ``(z, weight) -> torch.nn.Module`` fits a base of your own to
         whitened rows (n, n_features); the module needs ``log_prob(z)`` and ``sample(n_samples, generator)``.
     feature_map : {"auto", "standard", "marginal"}, default="auto"
         Map of the features before everything else: whitening, or normal scores of each feature and whitening.
